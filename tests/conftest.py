@@ -1,7 +1,7 @@
-"""Fixtures that every test shares: one Ray cluster, one S3 server, one database template a session.
+"""Fixtures that every test shares: one Ray cluster, one S3 server, one database template.
 
-Everything here is real and small. Start-up is what costs, so each service starts once a session, and
-only when the first test asks for it.
+Everything here is real and small. Start-up is what costs, so each service starts once a session,
+and only when the first test asks for it.
 """
 
 from __future__ import annotations
