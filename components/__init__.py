@@ -1,0 +1,1 @@
+"""The steps of the product: ingest, train, register, evaluate, promote (and pretrain)."""

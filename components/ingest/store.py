@@ -1,0 +1,294 @@
+"""One face for files on S3, on disk and on the hub: list, fetch, put, exists, resolve_model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from components.ingest import hub, s3
+from components.ingest.cache import (
+    ContentCache,
+    cache_root,
+    disk_error,
+    file_sha256,
+    replacing,
+    replacing_folder,
+)
+from model.errors import InputError
+
+MAX_ENTRIES = 1_000_000
+WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a listed folder; ``name`` is relative to it, with ``/`` separators.
+
+    ``refusal`` says why the file must not be read (a link that leaves the folder, a pipe).
+    """
+
+    name: str
+    uri: str
+    size: int
+    etag: str | None = None
+    refusal: str = ""
+
+
+def is_s3(uri: str) -> bool:
+    """Return whether a URI names an S3 object or prefix."""
+    return uri.startswith("s3://")
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a plain path or ``file://`` URI; InputError for another scheme."""
+    if "\0" in uri or not uri.strip():
+        raise InputError(f"{uri!r} names no file or folder: give a path, file:// or s3:// URI")
+    if "://" not in uri:
+        return Path(uri).expanduser()
+    parts = urlsplit(uri)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise InputError(f"{uri} is neither a path, file:///... nor s3://...: give one of these")
+    return Path(unquote(parts.path))
+
+
+def join(uri: str, name: str) -> str:
+    """Return the URI of ``name`` below the folder ``uri``."""
+    return f"{uri.rstrip('/')}/{name}"
+
+
+def parent_and_name(uri: str) -> tuple[str, str] | None:
+    """Return a folder's parent URI and its own last name; None for a root or bucket."""
+    if is_s3(uri):
+        bucket, key = s3.parse(uri)
+        head, _, name = key.rstrip("/").rpartition("/")
+        return (f"s3://{bucket}/{head}".rstrip("/"), name) if name else None
+    path = _resolved(local_path(uri))
+    return (str(path.parent), path.name) if path.name else None
+
+
+def list_folder(uri: str, *, depth: int | None = None) -> list[Entry]:
+    """List the files below a folder or prefix, by name, ``depth`` levels of folders deep.
+
+    Raises InputError when the folder is missing or holds no file, the bucket is wrong or
+    credentials are missing or refused, and ServiceError when S3 is out of reach.
+    """
+    entries = _list_s3(uri, depth) if is_s3(uri) else _list_local(uri, depth)
+    if not entries:
+        raise InputError(f"{uri} holds no files: check the path or prefix")
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _list_s3(uri: str, depth: int | None) -> list[Entry]:
+    bucket, key = s3.parse(uri)
+    prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
+    entries = []
+    for found in s3.list_objects(bucket, prefix):
+        name = found.key[len(prefix) :]
+        if not name or name.endswith("/"):  # a "folder" marker of a console
+            continue
+        if depth is not None and name.count("/") > depth:
+            continue
+        refusal = "" if _is_plain(name) else "its key holds '..', '\\' or an empty part: rename it"
+        entries.append(Entry(name, f"s3://{bucket}/{found.key}", found.size, found.etag, refusal))
+        if len(entries) > MAX_ENTRIES:
+            raise InputError(f"{uri} holds over {MAX_ENTRIES} files: name a narrower prefix")
+    return entries
+
+
+def _is_plain(name: str) -> bool:
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise InputError(f"{path} can't be followed: {error}") from error
+
+
+def _list_local(uri: str, depth: int | None) -> list[Entry]:
+    root = _resolved(local_path(uri))
+    if not root.exists():
+        raise InputError(f"there is no folder {uri}: check the path")
+    if not root.is_dir():
+        raise InputError(f"{uri} is a file, not a folder: give the folder that holds it")
+    entries: list[Entry] = []
+    folders = [(root, "")]
+    while folders:
+        folder, below = folders.pop()
+        try:
+            children = list(os.scandir(folder))
+        except OSError as error:
+            raise InputError(f"can't read the folder {folder}: {error.strerror}") from error
+        for child in children:
+            name = below + child.name
+            if child.is_dir() and not child.is_symlink():
+                if depth is None or name.count("/") < depth:
+                    folders.append((Path(child.path), name + "/"))
+            else:
+                entries.append(_local_entry(root, Path(child.path), name))
+        if len(entries) > MAX_ENTRIES:
+            raise InputError(f"{uri} holds over {MAX_ENTRIES} files: name a narrower folder")
+    return entries
+
+
+def _local_entry(root: Path, path: Path, name: str) -> Entry:
+    """Describe a file without opening it; links may point to files of the same folder only."""
+    refusal, size = "", 0
+    try:
+        target = path.resolve(strict=True)
+        status = target.stat()
+        size = status.st_size
+        if not target.is_relative_to(root):
+            refusal = "is a link that leaves the folder: put a copy of the file in its place"
+        elif path.is_symlink() and target.is_dir():
+            refusal = "is a link to a folder: put the folder itself in its place"
+        elif not stat.S_ISREG(status.st_mode):
+            refusal = "is not an ordinary file: remove it"
+    except (OSError, RuntimeError):
+        refusal = "is a link to nowhere: remove it or put the file in its place"
+    return Entry(name, str(path), size, refusal=refusal)
+
+
+def exists(uri: str) -> bool:
+    """Return whether a file is there (or, on S3, any object below the prefix)."""
+    if is_s3(uri):
+        bucket, key = s3.parse(uri)
+        return s3.has_any(bucket, key)
+    return local_path(uri).exists()
+
+
+def find(uri: str) -> Entry | None:
+    """Return the entry of one file, or None when it is not there."""
+    if is_s3(uri):
+        bucket, key = s3.parse(uri)
+        found = next((item for item in s3.list_objects(bucket, key) if item.key == key), None)
+        return Entry(key.rpartition("/")[2], uri, found.size, found.etag) if found else None
+    path = local_path(uri)
+    return _local_entry(_resolved(path.parent), path, path.name) if path.is_file() else None
+
+
+def fetch(entry: Entry, cache: Path | None = None) -> Path:
+    """Return a local path with an entry's bytes; S3 objects come through the cache, verified.
+
+    Raises InputError when the entry must not or can no longer be read or keeps arriving
+    damaged, ServiceError when the service is out of reach or the disk is full.
+    """
+    if entry.refusal:
+        raise InputError(f"{entry.name} {entry.refusal}")
+    if not is_s3(entry.uri):
+        return local_path(entry.uri)
+    bucket, key = s3.parse(entry.uri)
+    store = ContentCache(cache_root(cache))
+    source = "\n".join((s3.endpoint(), bucket, key, entry.etag or "", str(entry.size)))
+    found = store.find(source, entry.size) if entry.etag else None
+    if found is not None:
+        return found
+    with store.download() as temporary:
+        sha256 = s3.download(bucket, key, temporary, size=entry.size, etag=entry.etag)
+        return store.keep(temporary, sha256, source)
+
+
+def fetch_all(
+    entries: Sequence[Entry], cache: Path | None = None, *, workers: int = WORKERS
+) -> list[Path]:
+    """Fetch entries in parallel, in their order; the first error stops it."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(fetch, entry, cache) for entry in entries]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def put_folder(folder: Path, uri: str, *, workers: int = WORKERS) -> int:
+    """Copy every file below ``folder`` to ``uri`` and return how many.
+
+    Uploads carry their sha256, which a later fetch verifies. A file that replaces another
+    on disk does so by rename.
+    """
+    entries = list_folder(str(folder))
+    refused = [entry for entry in entries if entry.refusal]
+    if refused:
+        raise InputError(f"{folder}/{refused[0].name} {refused[0].refusal}")
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda entry: _put(Path(entry.uri), join(uri, entry.name)), entries))
+    return len(entries)
+
+
+def _put(path: Path, uri: str) -> None:
+    if is_s3(uri):
+        bucket, key = s3.parse(uri)
+        s3.upload(path, bucket, key, sha256=file_sha256(path))
+        return
+    with replacing(local_path(uri)) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
+    """Return a local directory for a model: a path, an ``s3://`` prefix or a hub id.
+
+    A hub id may pin a revision (``org/name@revision``). Only configuration, tokenizer and
+    safetensors files are ever downloaded. Raises InputError for what does not exist and
+    ServiceError when S3 or the hub is out of reach.
+    """
+    if is_s3(ref):
+        return _model_from_s3(ref, cache)
+    is_path = "://" in ref or ref.startswith(("/", ".", "~"))
+    if is_path or not hub.is_hub_id(ref) or Path(ref).is_dir():
+        path = local_path(ref)
+        if not path.is_dir():
+            raise InputError(
+                f"there is no model {ref}: give a directory, s3:// prefix or hub id (org/name)"
+            )
+        return path.resolve()
+    return hub.download(ref)
+
+
+def _model_from_s3(ref: str, cache: Path | None) -> Path:
+    entries = [entry for entry in list_folder(ref) if hub.is_model_file(entry.name)]
+    if not any(entry.name.endswith(".safetensors") for entry in entries):
+        raise InputError(f"{ref} holds no .safetensors weights: upload a safetensors model there")
+    refused = [entry for entry in entries if entry.refusal]
+    if refused:
+        raise InputError(f"{refused[0].uri}: {refused[0].refusal}")
+    identity = "\n".join(f"{e.name}\t{e.uri}\t{e.etag}\t{e.size}" for e in entries)
+    root = cache_root(cache)
+    target = root / "models" / s3.text_sha256(f"{s3.endpoint()}\n{identity}")
+    if target.is_dir():
+        return target
+    paths = fetch_all(entries, cache)
+    with replacing_folder(target) as temporary:
+        for entry, path in zip(entries, paths, strict=True):
+            place = temporary / entry.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, place)
+    return target
+
+
+__all__ = [
+    "Entry",
+    "disk_error",
+    "exists",
+    "fetch",
+    "fetch_all",
+    "find",
+    "is_s3",
+    "join",
+    "list_folder",
+    "local_path",
+    "parent_and_name",
+    "put_folder",
+    "resolve_model",
+]
