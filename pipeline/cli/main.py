@@ -1,0 +1,134 @@
+"""The `echodistill` command: its groups, its exit codes, and the sentence an error becomes.
+
+Only typer and rich are imported here; a command imports what it needs when it runs, so that each
+needs its own extra and no other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import typer
+from typer.exceptions import TyperException
+
+from pipeline.cli import check, demo, generate, serve, train
+from pipeline.cli.output import Output
+
+OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+# Which extra brings a package that may be missing.
+EXTRA_OF = {
+    "ray": "train",
+    "deepspeed": "train",
+    "mlflow": "train",
+    "jinja2": "train",
+    "accelerate": "train",
+    "fastapi": "serve",
+    "pydantic_settings": "serve",
+    "uvicorn": "serve",
+    "moto": "pipeline",
+    "kfp": "kubeflow",
+}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Batches of visual concepts in, one-step text-to-image adapters out.",
+)
+app.command("check")(check.check)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
+
+
+@app.callback()
+def _root() -> None:
+    """Batches of visual concepts in, one-step text-to-image adapters out."""
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """The sentence and the exit code that an error stands for."""
+    from model.errors import EchoDistillError
+
+    if isinstance(error, EchoDistillError):
+        return str(error), error.exit_code
+    if isinstance(error, TyperException):
+        return f"{error.format_message()} (echodistill --help)", WRONG_INPUT
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").split(".")[0]
+        if missing in EXTRA_OF:
+            return (
+                f"this command needs {missing}, which is not installed: "
+                f"pip install 'echodistill[{EXTRA_OF[missing]}]'",
+                WRONG_INPUT,
+            )
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full or its quota is used up{where}: free some space", NO_SERVICE
+    kind = type(error).__name__
+    return f"an error of ours: {kind}: {error}; --debug shows where, please report it", OUR_ERROR
+
+
+def _caused_by(error: BaseException) -> BaseException:
+    """The error worth telling: ours if one is in the chain of causes, else the outermost."""
+    from model.errors import EchoDistillError
+
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        full = isinstance(link, OSError) and link.errno in DISK_FULL
+        if full or isinstance(link, EchoDistillError | KeyboardInterrupt):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def run(arguments: list[str], output: Output) -> int:
+    """Runs one command and returns its exit code; never raises."""
+    try:
+        code = app(args=arguments, prog_name="echodistill", standalone_mode=False, obj=output)
+        return int(code or OK)
+    except (KeyboardInterrupt, typer.Abort):
+        output.fail("interrupted; everything that was started has been stopped", INTERRUPTED)
+        return INTERRUPTED
+    except Exception as error:
+        cause = _caused_by(error)
+        if isinstance(cause, KeyboardInterrupt):
+            output.fail("interrupted; everything that was started has been stopped", INTERRUPTED)
+            return INTERRUPTED
+        message, code = describe(cause)
+        if output.debug:
+            traceback.print_exception(error, file=sys.stderr)
+        output.fail(message, code)
+        return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # A service manager's stop is a person's Ctrl-C: both clean up.
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = sys.argv[1:]
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    output = Output(as_json=as_json, debug=debug or bool(os.environ.get("ECHODISTILL_DEBUG")))
+    code = run(arguments, output)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or OK
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Options that several commands share, so that each has one name and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Prefix = Annotated[
+    str,
+    typer.Argument(
+        metavar="PREFIX",
+        help="A folder or s3:// prefix of concept folders, or one concept's own folder.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, logs on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what libraries say.")]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="A base that ships (pocket), a preset, or a folder that holds teacher/ and student/.",
+    ),
+]
+SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE", help="A run spec (YAML).")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting of the run spec; repeatable."),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        help="MLflow server or database that tracks runs and registers adapters.",
+    ),
+]
