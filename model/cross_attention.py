@@ -1,0 +1,172 @@
+"""Cross-attention keys and values, computed outside the UNet.
+
+All `attn2.to_k` and `attn2.to_v` matrices of a UNet are handled as ONE matrix `W` [C, d_text].
+`kv = text_states @ W.T` goes into the UNet as `encoder_hidden_states`, and every cross-attention
+layer reads its own columns of it. So the UNet is a frozen pure function, what is trained are two
+plain tensors, and one batch may mix concepts freely.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model.errors import InputError
+from model.packing import grouped_linear
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Which rows of `W` belong to which layer.
+
+    Attributes:
+        names: `<module path>.to_k.weight` and `.to_v.weight`, in the order of the rows.
+        slices: the rows of each name.
+        width: C, the number of all rows.
+
+    """
+
+    names: tuple[str, ...]
+    slices: tuple[slice, ...]
+    width: int
+
+
+class ReadKeysValues:
+    """Attention processor that takes keys and values from `encoder_hidden_states`' columns.
+
+    Otherwise it is diffusers' scaled dot product attention.
+    """
+
+    def __init__(self, key: slice, value: slice) -> None:
+        """Remember the layer's columns of the K/V tensor."""
+        self.key = key
+        self.value = value
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """Attend from `hidden_states` [R, P, c] over `encoder_hidden_states` [R, L, C]."""
+        assert encoder_hidden_states is not None, "cross-attention needs keys and values"
+        query = self._heads(attn.to_q(hidden_states), attn.heads)
+        key = self._heads(encoder_hidden_states[..., self.key], attn.heads)
+        value = self._heads(encoder_hidden_states[..., self.value], attn.heads)
+        out = F.scaled_dot_product_attention(query, key, value)
+        out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+    @staticmethod
+    def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def expose_keys_values(unet: nn.Module) -> KVLayout:
+    """Make a UNet read keys and values from outside; idempotent.
+
+    Afterwards `unet(z, t, encoder_hidden_states=kv)` takes kv [R, L, C] in place of text states.
+
+    Raises:
+        InputError: for a UNet whose cross-attention is not of the Stable Diffusion 1/2 kind.
+
+    """
+    layers = _cross_attention(unet)
+    names: list[str] = []
+    slices: list[slice] = []
+    start = 0
+    for path, attn in layers.items():
+        for part in ("to_k", "to_v"):
+            end = start + getattr(attn, part).weight.shape[0]
+            names.append(f"{path}.{part}.weight")
+            slices.append(slice(start, end))
+            start = end
+        attn.processor = ReadKeysValues(slices[-2], slices[-1])
+    return KVLayout(tuple(names), tuple(slices), start)
+
+
+def base_weight(unet: nn.Module, layout: KVLayout) -> torch.Tensor:
+    """Copy the UNet's own K/V matrices: [C, d_text] float32."""
+    parameters = dict(unet.named_parameters())
+    return torch.cat([parameters[name].detach().float() for name in layout.names])
+
+
+def keys_values(
+    text_states: torch.Tensor, weight: torch.Tensor, concept: torch.Tensor
+) -> torch.Tensor:
+    """Compute every layer's keys and values: `kv[r] = text_states[r] @ weight[concept[r]].T`.
+
+    Args:
+        text_states: [R, L, d]; its type is the type of the product.
+        weight: [N, C, d] float32 masters, cast to the type of `text_states`.
+        concept: [R] long, on the CPU.
+
+    Returns:
+        [R, L, C].
+
+    """
+    return grouped_linear(text_states, weight.to(text_states.dtype), concept)
+
+
+def split(layout: KVLayout, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cut `W` [C, d] into the layers' matrices by name (views)."""
+    return {name: weight[rows] for name, rows in zip(layout.names, layout.slices, strict=True)}
+
+
+def join(layout: KVLayout, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Put the layers' matrices together to `W` [C, d]; inverse of `split`.
+
+    Raises:
+        InputError: when a layer is missing, unknown or of another size.
+
+    """
+    unknown = sorted(set(parts) - set(layout.names))
+    if unknown:
+        raise InputError(f"Layer {unknown[0]!r} is not one of this base's; use the adapter's base.")
+    for name, rows in zip(layout.names, layout.slices, strict=True):
+        if name not in parts or parts[name].shape[0] != rows.stop - rows.start:
+            raise InputError(
+                f"Layer {name!r} is missing or of another size; use the adapter's own base."
+            )
+    return torch.cat([parts[name] for name in layout.names])
+
+
+def _cross_attention(unet: nn.Module) -> dict[str, Any]:
+    """Find the cross-attention layers by module path, in the UNet's own order."""
+    layers = {
+        name: module for name, module in unet.named_modules() if name.split(".")[-1] == "attn2"
+    }
+    config: Any = unet.config
+    extra = [
+        key
+        for key in ("encoder_hid_dim_type", "addition_embed_type", "encoder_hid_dim")
+        if config.get(key) is not None
+    ]
+    odd = [key for key in ("only_cross_attention", "dual_cross_attention") if config.get(key)]
+    if not layers or extra or odd or not all(_plain(attn) for attn in layers.values()):
+        raise InputError(
+            f"{type(unet).__name__}: its cross-attention is not of the Stable Diffusion 1/2 kind "
+            f"({', '.join(extra + odd) or 'no plain attn2 layers'}); use such a UNet."
+        )
+    return layers
+
+
+def _plain(attn: Any) -> bool:
+    """Tell whether a layer is Linear K/V with nothing between them and the attention."""
+    return (
+        isinstance(getattr(attn, "to_k", None), nn.Linear)
+        and attn.to_k.bias is None
+        and attn.to_v.bias is None
+        and not any(
+            getattr(attn, part, None) is not None
+            for part in ("add_k_proj", "norm_cross", "norm_q", "norm_k", "group_norm")
+        )
+        and getattr(attn, "spatial_norm", None) is None
+        and not attn.residual_connection
+    )

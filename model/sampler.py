@@ -1,0 +1,211 @@
+"""Pictures from student and teacher.
+
+`draw` is the one function that makes a concept's pictures: endpoint, registry model, evaluation
+and demo all call it, so that the same seed gives the same picture everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from model.adapter import Adapter
+from model.base_pair import BasePair
+from model.cross_attention import keys_values
+from model.randomness import generator, normal
+from model.schedule import NoiseSchedule
+from model.text import Prompts, cat, encode, tokenize
+
+TEACHER_STEPS = 25
+TEACHER_GUIDANCE = 7.5
+_CONCEPT_FREE = "picture"  # noise is keyed by the seed alone, not by who asks
+
+
+def sample_student(
+    pair: BasePair, kv: torch.Tensor, noise: torch.Tensor, steps: int = 1
+) -> torch.Tensor:
+    """Draw with the student in 1, 2 or 4 trailing steps, without guidance.
+
+    Args:
+        pair: the base pair.
+        kv: keys and values [R, L, C_S].
+        noise: standard normal [R, c, h, w].
+        steps: network evaluations.
+
+    Returns:
+        images [R, 3, S, S] in [-1, 1], float32.
+
+    """
+    schedule = pair.student_schedule
+
+    def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return pair.denoise(pair.student, z_t, t, kv)
+
+    timesteps = schedule.timesteps(steps, "trailing")
+    z = _ddim(predict, schedule, noise.to(pair.device), timesteps, final_abar=1.0)
+    return pair.decode(z).clamp(-1, 1)
+
+
+def sample_teacher(
+    pair: BasePair,
+    kv: torch.Tensor,
+    kv_uncond: torch.Tensor,
+    noise: torch.Tensor,
+    steps: int = TEACHER_STEPS,
+    guidance: float = TEACHER_GUIDANCE,
+) -> torch.Tensor:
+    """Draw with the teacher: deterministic DDIM with classifier-free guidance.
+
+    Args:
+        pair: the base pair.
+        kv: keys and values of the prompts [R, L, C_T].
+        kv_uncond: those of the empty prompt [R, L, C_T].
+        noise: standard normal [R, c, h, w].
+        steps: DDIM steps, spaced as the teacher's scheduler says.
+        guidance: scale; 1 leaves the empty prompt out.
+
+    Returns:
+        images [R, 3, S, S] in [-1, 1], float32.
+
+    """
+    schedule = pair.teacher_schedule
+    both = torch.cat([kv_uncond, kv])
+
+    def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if guidance == 1:
+            return pair.denoise(pair.teacher, z_t, t, kv)
+        out = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), both)
+        uncond, cond = out.chunk(2)
+        return uncond + guidance * (cond - uncond)
+
+    timesteps = schedule.timesteps(steps)
+    z = _ddim(predict, schedule, noise.to(pair.device), timesteps, schedule.final_abar)
+    return pair.decode(z).clamp(-1, 1)
+
+
+@torch.no_grad()
+def draw(
+    pair: BasePair,
+    adapters: Sequence[Adapter | None],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 1,
+) -> torch.Tensor:
+    """Draw R pictures with the student; each row has its own adapter, prompt and seed.
+
+    Args:
+        pair: the base pair.
+        adapters: R adapters, in any mixture; None is the bare base.
+        prompts: R prompts that hold their adapter's token (see `adapter.prompt_for`).
+        seeds: R seeds; the i-th image of one request has seed + i.
+        steps: network evaluations.
+
+    Returns:
+        uint8 [R, 3, S, S] on the CPU. A row does not depend on the other rows but for round-off.
+
+    """
+    kv = student_keys_values(pair, adapters, prompts)
+    return to_uint8(sample_student(pair, kv, picture_noise(pair, seeds), steps))
+
+
+@torch.no_grad()
+def draw_teacher(
+    pair: BasePair,
+    adapters: Sequence[Adapter | None],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = TEACHER_STEPS,
+    guidance: float = TEACHER_GUIDANCE,
+) -> torch.Tensor:
+    """Draw R pictures with the (adapted) teacher; otherwise as `draw`."""
+    kv = teacher_keys_values(pair, adapters, prompts)
+    kv_uncond = teacher_keys_values(pair, adapters, [""] * len(prompts))
+    noise = picture_noise(pair, seeds)
+    return to_uint8(sample_teacher(pair, kv, kv_uncond, noise, steps, guidance))
+
+
+@torch.no_grad()
+def student_keys_values(
+    pair: BasePair, adapters: Sequence[Adapter | None], prompts: Sequence[str]
+) -> torch.Tensor:
+    """Compute what the student needs of R (adapter, prompt) pairs: [R, L, C_S].
+
+    It depends on nothing else, so a server may cache it.
+    """
+
+    def weight(adapter: Adapter | None) -> torch.Tensor:
+        return pair.student_kv if adapter is None else adapter.student_weight(pair)
+
+    return _keys_values(pair, adapters, prompts, weight)
+
+
+@torch.no_grad()
+def teacher_keys_values(
+    pair: BasePair, adapters: Sequence[Adapter | None], prompts: Sequence[str]
+) -> torch.Tensor:
+    """Compute what the teacher needs of R (adapter, prompt) pairs: [R, L, C_T]."""
+
+    def weight(adapter: Adapter | None) -> torch.Tensor:
+        return pair.teacher_kv if adapter is None else adapter.teacher_weight(pair)
+
+    return _keys_values(pair, adapters, prompts, weight)
+
+
+def picture_noise(pair: BasePair, seeds: Sequence[int]) -> torch.Tensor:
+    """Draw the start noise of R pictures [R, c, h, w] on the CPU, each from its seed alone."""
+    draws = [generator(seed, _CONCEPT_FREE, 0, "noise") for seed in seeds]
+    return torch.stack([normal(pair.latent_shape, gen) for gen in draws])
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Turn images in [-1, 1] into uint8 on the CPU."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def _keys_values(
+    pair: BasePair,
+    adapters: Sequence[Adapter | None],
+    prompts: Sequence[str],
+    weight: Callable[[Adapter | None], torch.Tensor],
+) -> torch.Tensor:
+    distinct = list({id(a): a for a in adapters}.values())
+    place = {id(adapter): n for n, adapter in enumerate(distinct)}
+    concept = torch.tensor([place[id(adapter)] for adapter in adapters])
+    tokenized = _tokenize(pair, adapters, prompts)
+    states = encode(pair.text_encoder, tokenized, _token_rows(pair, adapters))
+    return keys_values(states, torch.stack([weight(a) for a in distinct]), concept)
+
+
+def _tokenize(
+    pair: BasePair, adapters: Sequence[Adapter | None], prompts: Sequence[str]
+) -> Prompts:
+    rows = zip(adapters, prompts, strict=True)
+    return cat([tokenize(pair.tokenizer, [p], a.tokens if a else ()) for a, p in rows])
+
+
+def _token_rows(pair: BasePair, adapters: Sequence[Adapter | None]) -> torch.Tensor:
+    """Stack the rows' token embeddings [R, K, d]; unused places are 0 and never looked at."""
+    most = max([len(a.token_rows) for a in adapters if a] or [1])
+    rows = torch.zeros(len(adapters), most, pair.student_kv.shape[1])
+    for r, adapter in enumerate(adapters):
+        if adapter is not None:
+            rows[r, : len(adapter.token_rows)] = adapter.token_rows
+    return rows
+
+
+def _ddim(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    schedule: NoiseSchedule,
+    noise: torch.Tensor,
+    timesteps: Sequence[int],
+    final_abar: float,
+) -> torch.Tensor:
+    """Deterministic DDIM from `noise` [R, c, h, w] to a latent; equal to Euler's steps."""
+    z_t = noise * schedule.initial_scale
+    following = [*(float(schedule.abar[t]) for t in timesteps[1:]), final_abar]
+    for step, abar_next in zip(timesteps, following, strict=True):
+        t = torch.full((z_t.shape[0],), step, device=z_t.device)
+        prediction = predict(z_t, t)
+        x0 = schedule.x0(prediction, z_t, t)
+        eps = schedule.eps(prediction, z_t, t)
+        z_t = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
+    return z_t

@@ -1,0 +1,121 @@
+"""Settings of the method, with METHOD.md's values as defaults.
+
+Plain frozen dataclasses: the run spec nests them and its validator reads `__pydantic_config__`,
+so `model/` needs no pydantic. A probability or share is in [0, 1], a weight is at least 0.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+_FORBID_EXTRA: dict[str, str] = {"extra": "forbid"}
+
+
+def _check(owner: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], not {value}")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights and variants of the losses of items 1 to 5.
+
+    Attributes:
+        rec_weight: weight of the teacher's `L_rec`.
+        mse_weight: weight of `L_mse`, whose factor 0.5 is inside the loss.
+        id_weight: weight of `L_id`.
+        perc_weight: weight of `L_perc`; MS-SWD's factor 0.1 is inside the loss.
+        adv_weight: weight of `L_adv`, the sum over the discriminators.
+        perceptual: `swd` (MS-SWD) or `lpips` (over the first backbone's layers).
+        masked_id: compare identities on the subject only. Both pictures are multiplied by where
+            the teacher's guidance acts, which keeps the references' background out of the
+            identity. Ours, off by default.
+        guidance: classifier-free guidance scale of the alignment target.
+        align_min_t: smallest `t'` of the alignment target.
+        align_max_t: largest `t'` of the alignment target.
+
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
+
+    rec_weight: float = 1.0
+    mse_weight: float = 1.0
+    id_weight: float = 1.0
+    perc_weight: float = 1.0
+    adv_weight: float = 1.0
+    perceptual: Literal["swd", "lpips"] = "swd"
+    masked_id: bool = False
+    guidance: float = 7.5
+    align_min_t: int = 0
+    align_max_t: int = 999
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing (ValueError)."""
+        weights = ("rec_weight", "mse_weight", "id_weight", "perc_weight", "adv_weight")
+        _check(self, 0, 1e6, *weights)
+        _check(self, 0, 100, "guidance")
+        _check(self, 0, 999, "align_min_t", "align_max_t")
+        if self.align_min_t > self.align_max_t:
+            raise ValueError("align_min_t must not be over align_max_t")
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Augmentation of reference images (METHOD.md "Reference data"); sizes in parts of S.
+
+    Attributes:
+        flip: probability of a horizontal flip.
+        paste_probability: probability that the image is scaled to `paste_min`..1 and pasted on an
+            empty canvas; otherwise it is scaled to `crop_min`..`crop_max` and cropped.
+        far_below: a scale under this adds "far away" words to the prompt.
+        scale_words: whether the prompt says how large the subject is.
+
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
+
+    flip: float = 0.5
+    paste_probability: float = 0.66
+    paste_min: float = 1 / 3
+    crop_min: float = 1.2
+    crop_max: float = 1.4
+    far_below: float = 0.6
+    scale_words: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing (ValueError)."""
+        _check(self, 0, 1, "flip", "paste_probability", "far_below")
+        _check(self, 0.1, 1, "paste_min")
+        _check(self, 1, 4, "crop_min", "crop_max")
+        if self.crop_min > self.crop_max:
+            raise ValueError("crop_min must not be over crop_max")
+
+
+@dataclass(frozen=True)
+class EchoSettings:
+    """The echo stage: student samples join the references (METHOD.md "Echo"; sizes are ours).
+
+    Attributes:
+        samples: student samples drawn per round.
+        rounds: number of rounds; 0 turns the stage off.
+        iterations_share: iterations of a round as a part of the main stage's.
+        share: probability that an item of a batch is a student sample.
+        keep: part of the samples kept, those nearest to the references by identity.
+
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
+
+    samples: int = 16
+    rounds: int = 2
+    iterations_share: float = 0.25
+    share: float = 0.5
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing (ValueError)."""
+        _check(self, 1, 4096, "samples")
+        _check(self, 0, 100, "rounds")
+        _check(self, 0, 10, "iterations_share")
+        _check(self, 0, 1, "share", "keep")
