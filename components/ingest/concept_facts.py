@@ -28,6 +28,7 @@ BESIDE_FILES = (CLASSES_FILE, CONCEPTS_FILE)  # the later one wins
 DEFAULT_TOKEN = "<new1>"
 MAX_FILE_BYTES = 1 << 20
 MAX_CAPTION = 500
+_TOO_DEEP = "is nested too deeply: write one flat table"
 
 _TOKEN = re.compile(r"<[a-z0-9][a-z0-9_-]{0,30}>")
 _WORDS = re.compile(r"[^\W_][\w' -]{0,62}")
@@ -221,7 +222,7 @@ def _parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(f"line {error.lineno} is not JSON ({error.msg}): correct it") from error
     except RecursionError as error:
-        raise InputError("is nested too deeply: write one flat table") from error
+        raise InputError(_TOO_DEEP) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -253,5 +254,7 @@ def _parse_yaml(text: str) -> Any:
         line = f"line {mark.line + 1}" if mark is not None else "the text"
         reason = getattr(error, "problem", None) or "unreadable"
         raise InputError(f"{line} is not YAML ({reason}): correct it") from error
-    except (RecursionError, ValueError, TypeError) as error:
+    except RecursionError as error:
+        raise InputError(_TOO_DEEP) from error
+    except (ValueError, TypeError) as error:
         raise InputError(f"is not a plain table ({error}): correct it") from error

@@ -142,8 +142,7 @@ def _by_folder(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     folders: dict[str, list[Entry]] = {}
     for entry in entries:
         head, _, tail = entry.name.partition("/")
-        is_folder_link = not tail and "link" in entry.refusal and not PurePosixPath(head).suffix
-        if _hidden(entry.name) or not (tail or is_folder_link):
+        if _hidden(entry.name) or not (tail or entry.refusal == store.FOLDER_LINK):
             continue
         inside = Entry(tail, entry.uri, entry.size, entry.etag, entry.refusal)
         folders.setdefault(head, []).append(inside)

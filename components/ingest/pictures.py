@@ -52,7 +52,7 @@ def check(data: bytes, name: str) -> CheckedPicture | str:
     except UnidentifiedImageError:
         return f"is not a {expected} image: replace it by a real photo"
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        return f"can't be read ({error}): replace it"
+        return f"is damaged or cut off ({error}): replace it"
     with picture:
         refusal = _refuse(picture, expected)
         if refusal:

@@ -24,6 +24,8 @@ from model.errors import InputError
 
 MAX_ENTRIES = 1_000_000
 WORKERS = 8
+_POCKET = "pocket:"
+FOLDER_LINK = "is a link to a folder, which is not followed: put the folder itself in its place"
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,10 @@ def _local_entry(root: Path, path: Path, name: str) -> Entry:
         target = path.resolve(strict=True)
         status = target.stat()
         size = status.st_size
-        if not target.is_relative_to(root):
+        if target.is_dir():
+            refusal = FOLDER_LINK
+        elif not target.is_relative_to(root):
             refusal = "is a link that leaves the folder: put a copy of the file in its place"
-        elif path.is_symlink() and target.is_dir():
-            refusal = "is a link to a folder: put the folder itself in its place"
         elif not stat.S_ISREG(status.st_mode):
             refusal = "is not an ordinary file: remove it"
     except (OSError, RuntimeError):
@@ -234,7 +236,7 @@ def _put(path: Path, uri: str) -> None:
 
 
 def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
-    """Return a local directory for a model: a path, an ``s3://`` prefix or a hub id.
+    """Return a local directory for a model: path, ``s3://`` prefix, hub id, ``pocket:<part>``.
 
     A hub id may pin a revision (``org/name@revision``). Only configuration, tokenizer and
     safetensors files are ever downloaded. Raises InputError for what does not exist and
@@ -242,6 +244,8 @@ def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
     """
     if is_s3(ref):
         return _model_from_s3(ref, cache)
+    if ref.startswith(_POCKET):
+        return _pocket_part(ref)
     is_path = "://" in ref or ref.startswith(("/", ".", "~"))
     if is_path or not hub.is_hub_id(ref) or Path(ref).is_dir():
         path = local_path(ref)
@@ -251,6 +255,16 @@ def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
             )
         return path.resolve()
     return hub.download(ref)
+
+
+def _pocket_part(ref: str) -> Path:
+    from model.pocket import pocket_paths
+
+    paths = pocket_paths()
+    part = getattr(paths, ref.removeprefix(_POCKET), None)
+    if not isinstance(part, Path):
+        raise InputError(f"the pocket pair has no part {ref}: its parts are teacher, student, ...")
+    return part
 
 
 def _model_from_s3(ref: str, cache: Path | None) -> Path:
