@@ -1,0 +1,192 @@
+"""Starting and stopping the endpoint on this machine or on a running Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from model.errors import InputError, ServiceError
+from serve.auth import ApiKeys, read_keys
+from serve.settings import ServeSettings
+
+READY_SECONDS = 60.0
+OBJECT_STORE_BYTES = 200 * 2**20
+_OUR_ERROR = re.compile(r"^(?:model\.errors\.)?(InputError|ServiceError): (.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint. `stop()` ends it, and Ray too when `start` began it."""
+
+    url: str
+    owns_ray: bool
+
+    def stop(self) -> None:
+        """Ends what `start` began: no process of it is left."""
+        import ray
+        from ray import serve as ray_serve
+
+        with contextlib.suppress(Exception):  # Ray may be gone already
+            ray_serve.shutdown()
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def start(settings: ServeSettings) -> Endpoint:
+    """Starts the endpoint and waits until it has drawn a picture.
+
+    A Ray that this process is connected to is used; else the settings' cluster, or one of its own.
+
+    Raises:
+        InputError: for a port in use, missing keys, or a base that cannot be loaded.
+        ServiceError: when Ray or the endpoint does not start.
+    """
+    keys = read_keys(settings)
+    port = free_port(settings.host, settings.port)
+    import ray
+
+    owns_ray = not ray.is_initialized()
+    if owns_ray:
+        _start_ray(settings.ray_address)
+    endpoint = Endpoint(f"http://{_reachable(settings.host)}:{port}", owns_ray)
+    try:
+        _deploy(settings, keys, port)
+        _wait_ready(endpoint.url)
+    except BaseException:
+        endpoint.stop()
+        raise
+    return endpoint
+
+
+def serve_blocking(settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt), then stops everything.
+
+    `on_ready` is called once with the endpoint's URL. Errors as of `start`. Main thread only.
+    """
+    stop = threading.Event()
+
+    def on_terminate(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    endpoint = start(settings)
+    try:
+        # Ray has put its own handlers in place by now; they would end the process half-way.
+        before = signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            on_ready(endpoint.url)
+            stop.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    finally:
+        endpoint.stop()
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if it is free, or any free one for 0. Raises InputError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do, so that a port whose last connections are still closing counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise InputError(
+                f"port {port} on {host} cannot be listened on ({error.strerror or error}): choose "
+                "another, or 0 for any free one."
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _start_ray(address: str) -> None:
+    import ray
+
+    # A local Ray would otherwise leave a token in the home folder and turn authentication on for
+    # every later Ray tool of this user.
+    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                object_store_memory=OBJECT_STORE_BYTES,
+                # Without its agent Ray logs a warning a second; it listens on this machine only.
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=0,
+                logging_level="warning",
+            )
+        else:
+            ray.init(address=address, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        ray.shutdown()
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ServiceError(f"Ray ({address}) cannot be reached or started: {reason}.") from error
+
+
+def _deploy(settings: ServeSettings, keys: ApiKeys, port: int) -> None:
+    from ray import serve as ray_serve
+
+    from serve.app import APP_NAME, build_app
+
+    # The gateway writes the access log: Serve's own would be a second one.
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.host, "port": port},
+        logging_config=quiet,
+    )
+    try:
+        ray_serve.run(
+            build_app(settings, keys), name=APP_NAME, route_prefix="/", logging_config=quiet
+        )
+    except RuntimeError as error:
+        raise _why_not_started(APP_NAME, error) from error
+
+
+def _why_not_started(app_name: str, error: Exception) -> InputError | ServiceError:
+    """The sentence with which a replica failed to start, out of Serve's report of it."""
+    from ray import serve as ray_serve
+
+    application = ray_serve.status().applications.get(app_name)
+    reports = [str(error)]
+    if application is not None:
+        reports += [item.message for item in application.deployments.values()]
+    for report in reports:
+        found = _OUR_ERROR.search(report)
+        if found is not None:
+            kind = InputError if found.group(1) == "InputError" else ServiceError
+            return kind(found.group(2))
+    reason = (reports[-1].strip().splitlines() or ["no reason given"])[-1][:300]
+    return ServiceError(f"the endpoint did not start: {reason}")
+
+
+def _reachable(host: str) -> str:
+    """A name under which this machine reaches what listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_ready(url: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/healthz", timeout=READY_SECONDS):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise ServiceError(f"the endpoint at {url} did not become ready in {READY_SECONDS:.0f} s.")

@@ -1,0 +1,139 @@
+"""Every setting of the endpoint, in one validated model.
+
+Values come from arguments, then from the environment (`ECHODISTILL_SERVE_<NAME>`), then from the
+defaults below. The whole object may be logged: keys are kept out of its representation.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model.errors import InputError
+
+POCKET = "pocket"
+
+
+def _cache_root() -> Path:
+    fallback = Path("~/.cache/echodistill").expanduser()
+    return Path(os.environ.get("ECHODISTILL_CACHE") or fallback)
+
+
+def _tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+class ServeSettings(BaseSettings):
+    """Settings of the endpoint.
+
+    The base is the shipped pair (`base="pocket"`), or `base` is the name that clients use for the
+    student in the local diffusers directory `student`; drawing needs no teacher.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="ECHODISTILL_SERVE_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    # What draws
+    base: str = Field(default=POCKET, pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")
+    student: Path | None = None
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    # Where adapters come from
+    tracking_uri: str = Field(default_factory=_tracking_uri)
+    cache: Path = Field(default_factory=_cache_root)
+    alias_seconds: float = Field(default=2.0, gt=0, description="how long an alias is believed")
+    registry_seconds: float = Field(
+        default=5.0, gt=0, description="longest wait for a registry when an older answer is known"
+    )
+    adapter_bytes: int = Field(default=2 * 2**30, ge=0, description="adapters in memory")
+    keys_values_bytes: int = Field(default=2**30, ge=0, description="cached keys and values")
+
+    # Where it listens, and to whom
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535, description="0 = any free port")
+    api_keys: SecretStr = Field(
+        default=SecretStr(""), repr=False, description="`name=key` or `name=sha256:hex`, by comma"
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="one `name sha256:hex` a line; see serve/auth.py"
+    )
+    access_log: Path | None = Field(default=None, description="JSON lines; standard error if unset")
+
+    # Limits
+    max_n: int = Field(default=10, ge=1, le=64, description="pictures a request may ask for")
+    max_prompt: int = Field(default=1000, ge=1, le=10_000, description="characters of a prompt")
+    max_body: int = Field(default=64 * 2**10, ge=1024, description="bytes of a request")
+    max_queue: int = Field(default=64, ge=1, description="pictures accepted and not yet answered")
+    request_seconds: float = Field(default=120.0, gt=0, description="longest wait for an answer")
+
+    # How it draws
+    max_batch: int = Field(default=8, ge=1, le=256, description="pictures in one forward")
+    batch_wait_seconds: float = Field(default=0.01, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    replica_cpus: float = Field(default=1.0, ge=0)
+    replica_gpus: float | None = Field(default=None, ge=0, description="default: 1 with CUDA")
+    health_seconds: float = Field(default=10.0, gt=0, description="between health checks")
+    ray_address: str = Field(default="local", description="`local` starts a Ray of its own")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _absolute_sqlite(cls, value: str) -> str:
+        # Ray's workers start in folders of their own, so a relative file would be another file.
+        prefix = "sqlite:///"
+        if value.startswith(prefix) and not value.startswith(prefix + "/"):
+            return prefix + str(Path(value.removeprefix(prefix)).resolve())
+        return value
+
+    @field_validator("cache", "student", "api_keys_file", "access_log")
+    @classmethod
+    def _absolute_path(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().resolve()
+
+    @model_validator(mode="after")
+    def _whole_base(self) -> ServeSettings:
+        if self.student is None and self.base != POCKET:
+            raise ValueError(
+                f"base '{self.base}' does not ship with the project: give the directory of its "
+                f"student (`student`), or use base '{POCKET}'"
+            )
+        if self.student is not None and self.base == POCKET:
+            raise ValueError(f"'{POCKET}' names the shipped pair: give yours another name (`base`)")
+        if self.max_n > self.max_queue:
+            raise ValueError("`max_n` must not be over `max_queue`")
+        return self
+
+    @property
+    def local_only(self) -> bool:
+        """Whether only this machine can reach the endpoint."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_settings(**given: Any) -> ServeSettings:
+    """Settings from arguments over environment over defaults.
+
+    Raises InputError that names the first wrong setting, for people who typed it.
+    """
+    try:
+        return ServeSettings(**given)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        subject = f"endpoint setting '{name}' is wrong" if name else "endpoint settings are wrong"
+        raise InputError(f"{subject}: {message}.") from None

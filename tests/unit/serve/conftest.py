@@ -1,0 +1,3 @@
+from tests.unit.serve.fixtures import shelf, tiny_pair, tiny_student
+
+__all__ = ["shelf", "tiny_pair", "tiny_student"]
