@@ -1,0 +1,101 @@
+"""What a training run is given and gives back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from components.ingest.concept_folder import Concept
+from components.spec import RunSpec, spec_digest
+from components.train.tracking import TrackingSettings
+
+
+@dataclass(frozen=True)
+class BasePaths:
+    """Where the frozen models are: each a path, s3:// URI, hub id or `pocket:<part>`."""
+
+    name: str
+    teacher: str
+    student: str
+    identity: str
+    backbones: tuple[str, ...]
+
+    @classmethod
+    def from_spec(cls, spec: RunSpec) -> BasePaths:
+        """Take the references of a run spec."""
+        base = spec.base
+        return cls(base.name, base.teacher, base.student, base.identity, base.backbones)
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What every worker of a run is given.
+
+    Attributes:
+        spec: the resolved run spec.
+        concepts: the members of the pack.
+        bases: the frozen models.
+        run_name: of the Ray Train run.
+        tracking: where to log, or None.
+        states: folders or URIs of checkpoints of other runs to go on from.
+        board: handle of the progress actor.
+
+    """
+
+    spec: RunSpec
+    concepts: tuple[Concept, ...]
+    bases: BasePaths
+    run_name: str
+    tracking: TrackingSettings | None
+    states: tuple[str, ...] = ()
+    board: Any = None
+
+
+@dataclass(frozen=True)
+class TrainedConcept:
+    """The result of one concept.
+
+    Attributes:
+        id: the concept's id.
+        state: `trained` or `failed`.
+        adapter_dir: the adapter's folder on this machine, or None when it failed.
+        sha256: of the adapter, or None.
+        digest: of concept, spec and base.
+        seconds: training time, over all attempts, without loading.
+        iterations: iterations done.
+        losses: the last losses by name.
+        error: why it failed, or None.
+        run_id: its MLflow run, or None.
+
+    """
+
+    id: str
+    state: str
+    adapter_dir: Path | None = None
+    sha256: str | None = None
+    digest: str = ""
+    seconds: float = 0.0
+    iterations: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    run_id: str | None = None
+
+
+def pack_name(spec: RunSpec, concepts: Sequence[Concept]) -> str:
+    """Name a run after its content, so that the same pack under the same spec resumes."""
+    content = [spec_digest(spec), *sorted(concept.digest for concept in concepts)]
+    return "pack-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def total_iterations(spec: RunSpec) -> int:
+    """Count the iterations of the main stage and all echo rounds."""
+    return spec.train.iterations + spec.echo.rounds * echo_iterations(spec)
+
+
+def echo_iterations(spec: RunSpec) -> int:
+    """Count the iterations of one echo round."""
+    return round(spec.train.iterations * spec.echo.iterations_share)

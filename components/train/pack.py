@@ -1,0 +1,206 @@
+"""Trains a pack of concepts: one Ray Train run, from the caller's side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.ingest import store
+from components.ingest.cache import cache_root
+from components.ingest.concept_folder import Concept
+from components.spec import RunSpec
+from components.train.job import BasePaths, PackJob, TrainedConcept, pack_name
+from components.train.progress import TrainEvent, make_board, relayed
+from components.train.tracking import TrackingSettings
+from model import errors
+from model.errors import EchoDistillError, InputError
+
+ADAPTERS = "adapters"
+STATES = "states"
+RESULTS = "pack.json"
+
+log = logging.getLogger(__name__)
+
+
+def train_pack(
+    spec: RunSpec,
+    concepts: Sequence[Concept],
+    *,
+    bases: BasePaths | None = None,
+    run_name: str | None = None,
+    storage_path: str | None = None,
+    tracking: TrackingSettings | None = None,
+    states: Sequence[str] = (),
+    progress: Callable[[TrainEvent], None] | None = None,
+) -> list[TrainedConcept]:
+    """Train concepts together on one worker group of the Ray cluster that is connected.
+
+    A run that stopped goes on when it is called again with the same name and storage.
+
+    Args:
+        spec: the resolved run spec.
+        concepts: 1 or more, with different ids.
+        bases: the frozen models; by default the spec's.
+        run_name: by default made from the content, so that the same pack resumes; give a new
+            name to train anew.
+        storage_path: folder or s3:// URI for states and adapters; by default the spec's.
+        tracking: where to log, or None for nowhere (see `resolve_tracking`).
+        states: checkpoint folders or URIs of other runs; a concept found there goes on from
+            there, whatever their pack, world size or ZeRO stage.
+        progress: called from another thread with what happens, in order.
+
+    Returns:
+        one result a concept, in the order given. A concept that failed does not stop the others.
+
+    Raises:
+        InputError: when settings, base or a given state are wrong.
+        ServiceError: when a model can't be fetched.
+        EchoDistillError: when training broke for reasons of ours.
+
+    """
+    _check(spec, concepts)
+    name = run_name or pack_name(spec, concepts)
+    storage = _absolute(storage_path or spec.train.storage_path)
+    board = make_board()
+    job = PackJob(
+        spec=spec,
+        concepts=tuple(concepts),
+        bases=bases or BasePaths.from_spec(spec),
+        run_name=name,
+        tracking=tracking,
+        states=tuple(_absolute(uri) for uri in states),
+        board=board,
+    )
+    try:
+        with relayed(board, progress):
+            checkpoint = _fit(job, storage)
+        _raise_fatal(board)
+    finally:
+        _end(board)
+    if isinstance(checkpoint, str):
+        return [TrainedConcept(concept.id, "failed", error=checkpoint) for concept in concepts]
+    return _results(checkpoint, concepts, _adapters_folder(storage, name))
+
+
+def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
+    ids = [concept.id for concept in concepts]
+    if not ids or len(set(ids)) != len(ids):
+        raise InputError(f"a pack needs concepts with different ids, not {ids}: rename or split it")
+    if spec.batch_size % spec.train.workers:
+        raise InputError(
+            f"batch_size = {spec.batch_size} is not a multiple of train.workers = "
+            f"{spec.train.workers}: every worker takes an equal share of a concept's batch"
+        )
+
+
+def _fit(job: PackJob, storage: str) -> Any:
+    """Run the workers; return the last checkpoint, or a sentence when they could not finish."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import TrainingFailedError as Failed
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from components.train.worker import train_func
+
+    settings = job.spec.train
+    use_gpu = uses_cuda(settings.device)
+    trainer = TorchTrainer(
+        train_func,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=_resources(settings.cpus_per_worker, use_gpu),
+        ),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        return trainer.fit().checkpoint
+    except Failed as error:
+        log.error("training %s broke: %s", job.run_name, error)
+        return f"training broke and used up its restarts: {_reason(error)}"
+
+
+def uses_cuda(device: str) -> bool:
+    """Tell whether a run with `train.device` asks Ray for GPUs."""
+    if device != "auto":
+        return device == "cuda"
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def _resources(cpus: int | None, use_gpu: bool) -> dict[str, float]:
+    return {"CPU": float(cpus or 1), **({"GPU": 1.0} if use_gpu else {})}
+
+
+def _reason(error: Any) -> str:
+    failures = getattr(error, "worker_failures", None) or {"": error}
+    lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines()]
+    return ([line for line in lines if line] or [type(error).__name__])[-1][:300]
+
+
+def _raise_fatal(board: Any) -> None:
+    import ray
+
+    fatal = ray.get(board.fatal.remote(), timeout=60)
+    if fatal is not None:
+        kind, message = fatal
+        known = getattr(errors, kind, EchoDistillError)
+        raise known(message)
+
+
+def _end(board: Any) -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.kill(board)
+
+
+def _absolute(uri: str) -> str:
+    return uri if store.is_s3(uri) else str(store.local_path(uri).resolve())
+
+
+def _adapters_folder(storage: str, name: str) -> Path:
+    root = cache_root() / "runs" if store.is_s3(storage) else Path(storage)
+    return root / name / ADAPTERS
+
+
+def _results(checkpoint: Any, concepts: Sequence[Concept], out: Path) -> list[TrainedConcept]:
+    """Read the last checkpoint's results and put its adapters in place."""
+    if checkpoint is None:
+        raise EchoDistillError("training ended without a result: see the workers' log")
+    with checkpoint.as_directory() as folder:
+        written = json.loads((Path(folder) / RESULTS).read_text())
+        results = []
+        for concept in concepts:
+            facts = written[concept.id]
+            source = Path(folder) / ADAPTERS / concept.id
+            place = _place(source, out / concept.id) if facts["state"] == "trained" else None
+            results.append(TrainedConcept(id=concept.id, adapter_dir=place, **facts))
+    return results
+
+
+def _place(source: Path, target: Path) -> Path:
+    """Copy a folder to its place; it appears there whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        shutil.copytree(source, work / "new")
+        if target.exists():
+            os.rename(target, work / "old")
+        os.rename(work / "new", target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target

@@ -1,0 +1,85 @@
+"""Tracking logs to MLflow and never holds training up."""
+
+from __future__ import annotations
+
+import socket
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from components.spec import resolve_spec
+from components.train.tracking import Tracker, TrackingSettings, resolve_tracking
+
+
+def test_a_run_holds_everything_and_is_found_again(tracking_uri, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter.json").write_text("{}")
+    settings = TrackingSettings(tracking_uri, "some experiment")
+    picture = torch.randint(0, 256, (3, 8, 12), dtype=torch.uint8)
+    ids = []
+    for attempt in (0, 1):  # the second one is a restart
+        tracker = Tracker(settings, "pack-1")
+        tracker.start("dog", {"train.iterations": 20, "workers": attempt}, "seed: 0\n")
+        tracker.log("dog", {10 * attempt + i: {"loss/rec": 1.0 / (1 + i)} for i in range(10)})
+        tracker.log_picture("dog", "samples/000010.png", picture)
+        tracker.log_folder("dog", folder, "adapter")
+        tracker.finish("dog", "loss is not finite" if attempt else None)
+        ids.append(tracker.close()["dog"])
+    assert ids[0] == ids[1]
+    client = MlflowClient(tracking_uri)
+    run = client.get_run(ids[0])
+    assert run.info.status == "FAILED" and "not finite" in run.data.tags["echodistill.error"]
+    assert run.data.params == {"train.iterations": "20", "workers": "0"}
+    history = client.get_metric_history(ids[0], "loss/rec")
+    assert sorted(m.step for m in history) == list(range(20))
+    stored = {f.path for f in client.list_artifacts(ids[0])}
+    assert {"adapter", "samples", "spec.yaml"} <= stored
+    assert mlflow.get_experiment_by_name("some experiment") is not None
+
+
+def test_a_server_that_is_away_neither_stops_nor_breaks_training(caplog):
+    with socket.socket() as taken:  # a port where nobody answers
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        tracker = Tracker(TrackingSettings(uri, "x"), "pack-1")
+        tracker.start("dog", {}, "")
+        for i in range(100):
+            tracker.log("dog", {i: {"loss/rec": 1.0}})
+        assert tracker.close(seconds=0.5) == {}
+    assert "were not logged" in caplog.text
+
+
+def test_what_could_not_be_logged_is_logged_when_the_server_is_back(tracking_uri, monkeypatch):
+    monkeypatch.setattr("components.train.tracking._FIRST_WAIT", 0.01)
+    tracker = Tracker(TrackingSettings(tracking_uri, "x"), "pack-1")
+    real, calls = tracker._experiment, []
+
+    def away_twice() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionError("refused")
+        return real()
+
+    monkeypatch.setattr(tracker, "_experiment", away_twice)
+    tracker.start("dog", {}, "")
+    tracker.log("dog", {3: {"loss/rec": 0.5}})
+    run_id = tracker.close()["dog"]
+    assert len(calls) == 3
+    assert MlflowClient(tracking_uri).get_run(run_id).data.metrics == {"loss/rec": 0.5}
+
+
+@pytest.mark.parametrize("given", [None, "sqlite:///some/where.db"])
+def test_the_default_is_a_file_beside_the_runs(tmp_path, monkeypatch, given):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    sets = ["train.storage_path=out", *([f"tracking.uri={given}"] if given else [])]
+    settings = resolve_tracking(resolve_spec("pocket", None, sets))
+    expected = tmp_path / ("some/where.db" if given else "out/mlflow.db")
+    assert settings is not None and settings.uri == f"sqlite:///{expected}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
+    settings = resolve_tracking(resolve_spec("pocket", None, sets))
+    assert settings is not None and (settings.uri == "http://there:5000") is (given is None)
+    assert resolve_tracking(resolve_spec("pocket", None, ["tracking.enabled=false"])) is None
