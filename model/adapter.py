@@ -27,6 +27,7 @@ from model.base_pair import BasePair
 from model.cross_attention import KVLayout, join, split
 from model.errors import EchoDistillError, InputError
 from model.text import TOKEN_PATTERN
+from model.views import name_concept
 
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "adapter.safetensors"
@@ -57,7 +58,6 @@ class AdapterInfo:
         concept_digest: digest of concept, spec and base.
         iterations: iterations trained.
         metrics: figures by name.
-
     """
 
     concept_id: str
@@ -84,7 +84,6 @@ class Adapter:
         meta: `adapter.json`, checked.
         sha256: of `adapter.safetensors`, hex.
         teacher_delta: the teacher's deltas by layer name, or None.
-
     """
 
     kv_delta: dict[str, torch.Tensor]
@@ -103,7 +102,6 @@ class Adapter:
 
         Raises:
             InputError: when the adapter was made for another base.
-
         """
         self.check_base(pair)
         return _applied(self.kv_delta, pair.student_layout, pair.student_kv)
@@ -113,7 +111,6 @@ class Adapter:
 
         Raises:
             InputError: when the adapter was made for another base or has no teacher file.
-
         """
         self.check_base(pair)
         if self.teacher_delta is None:
@@ -161,7 +158,6 @@ def save_adapter(
     Raises:
         InputError: for a bad concept id or token string.
         EchoDistillError: when a weight is not finite at fp16.
-
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +189,6 @@ def load_adapter(folder: str | Path, expected_sha256: str | None = None) -> Adap
 
     Raises:
         InputError: when something is missing, malformed or does not hash to what is written.
-
     """
     folder = Path(folder)
     meta = _read_meta(folder / META_FILE)
@@ -227,18 +222,15 @@ def prompt_for(meta: Mapping[str, Any], prompt: str) -> str:
 
     Raises:
         InputError: when the prompt holds neither token nor class noun.
-
     """
     tokens, noun = meta["tokens"], meta["concept"]["class_noun"]
-    if any(token in prompt for token in tokens):
-        return prompt
-    found = re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, flags=re.IGNORECASE)
-    if found is None:
+    named = name_concept(prompt, tokens, noun)
+    if named is None:
         raise InputError(
             f"The prompt names neither {tokens[0]!r} nor {noun!r}; "
             f'write e.g. "a photo of a {tokens[0]} {noun}".'
         )
-    return f"{prompt[: found.start()]}{' '.join(tokens)} {prompt[found.start() :]}"
+    return named
 
 
 def _deltas(trained: torch.Tensor, base: torch.Tensor, layout: KVLayout) -> dict[str, torch.Tensor]:

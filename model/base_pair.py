@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -52,7 +52,6 @@ class BasePair:
         hash: sha256 (hex) over the fp16 values of all that the student's picture depends on.
         dtype: type of the frozen networks.
         device: where they are.
-
     """
 
     name: str
@@ -128,7 +127,6 @@ def load_base_pair(
     Raises:
         InputError: when a directory is not whole, or the two do not share text encoder,
             tokenizer or VAE (the first difference is named).
-
     """
     teacher_dir, student_dir = Path(teacher_dir), Path(student_dir)
     device = torch.device(device)
@@ -178,35 +176,52 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def load_part(kind: Any, folder: Path) -> Any:
+def load_part(kind: Any, folder: Path, **more: Any) -> Any:
     """Load one network of a directory in float32, from safetensors only.
+
+    Args:
+        kind: a diffusers or transformers model class.
+        folder: its folder.
+        more: further options of the class.
 
     Raises:
         InputError: when the folder is missing or not whole.
-
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give a whole diffusers directory.")
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {
+        "torch_dtype" if issubclass(kind, ModelMixin) else "dtype": torch.float32,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+        **more,
+    }
     if _only_fp16(folder):
         options["variant"] = "fp16"
     try:
-        with _no_progress_bars():
-            return kind.from_pretrained(str(folder), torch_dtype=torch.float32, **options)
+        with _quiet():
+            network, found = kind.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{folder} cannot be loaded ({_first_line(error)}); give whole safetensors weights."
         ) from error
+    absent = sorted(map(str, found["missing_keys"])) + sorted(map(str, found["mismatched_keys"]))
+    if absent:
+        raise InputError(f"{folder} lacks the weight {absent[0]!r}; give whole weights.")
+    return network
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' loading bars off the user's terminal."""
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bars and reports off the user's terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -231,7 +246,12 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Load a CLIP tokenizer from its folder.
+
+    Raises:
+        InputError: when the folder is not whole.
+    """
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no vocab.json; give a whole diffusers directory.")
     try:
@@ -256,8 +276,8 @@ def _load_shared(teacher_dir: Path, student_dir: Path) -> tuple[Any, Any, Any]:
                     "teacher and student must share it."
                 )
         loaded.append(mine)
-    tokenizer = _load_tokenizer(student_dir / "tokenizer")
-    if _tokenizer_facts(tokenizer) != _tokenizer_facts(_load_tokenizer(teacher_dir / "tokenizer")):
+    tokenizer = load_tokenizer(student_dir / "tokenizer")
+    if _tokenizer_facts(tokenizer) != _tokenizer_facts(load_tokenizer(teacher_dir / "tokenizer")):
         raise InputError(
             f"{teacher_dir} and {student_dir} differ in their tokenizer; "
             "teacher and student must share it."

@@ -22,7 +22,6 @@ class TeacherWeights(nn.Module):
     Attributes:
         kv: [N, C_T, d] float32 parameter, `W_k` and `W_v` of all layers of `T`.
         rows: [N, K, d] float32 parameter, embedding rows of the concepts' K tokens.
-
     """
 
     def __init__(self, kv: torch.Tensor, rows: torch.Tensor) -> None:
@@ -41,7 +40,6 @@ class TeacherWeights(nn.Module):
 
         Raises:
             InputError: for an empty initializer.
-
         """
         rows = torch.stack([initial_row(pair, word) for word in initializers]).unsqueeze(1)
         return cls(_repeat(pair.teacher_kv, len(initializers)), rows)
@@ -63,7 +61,6 @@ class TeacherWeights(nn.Module):
 
         Returns:
             text states [R, L, d] and keys and values [R, L, C_T].
-
         """
         if text_states is None:
             assert prompts is not None, "either prompts or text states"
@@ -76,7 +73,6 @@ class StudentWeights(nn.Module):
 
     Attributes:
         kv: [N, C_S, d] float32 parameter, `W_k` and `W_v` of all layers of `S`.
-
     """
 
     def __init__(self, kv: torch.Tensor) -> None:
@@ -99,7 +95,6 @@ def initial_row(pair: BasePair, word: str) -> torch.Tensor:
 
     Raises:
         InputError: when the word has no tokens.
-
     """
     ids = pair.tokenizer(word, add_special_tokens=False)["input_ids"]
     if not ids:

@@ -26,7 +26,6 @@ class KVLayout:
         names: `<module path>.to_k.weight` and `.to_v.weight`, in the order of the rows.
         slices: the rows of each name.
         width: C, the number of all rows.
-
     """
 
     names: tuple[str, ...]
@@ -75,7 +74,6 @@ def expose_keys_values(unet: nn.Module) -> KVLayout:
 
     Raises:
         InputError: for a UNet whose cross-attention is not of the Stable Diffusion 1/2 kind.
-
     """
     layers = _cross_attention(unet)
     names: list[str] = []
@@ -109,7 +107,6 @@ def keys_values(
 
     Returns:
         [R, L, C].
-
     """
     return grouped_linear(text_states, weight.to(text_states.dtype), concept)
 
@@ -124,7 +121,6 @@ def join(layout: KVLayout, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     Raises:
         InputError: when a layer is missing, unknown or of another size.
-
     """
     unknown = sorted(set(parts) - set(layout.names))
     if unknown:

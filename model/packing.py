@@ -21,27 +21,36 @@ def block_size(concept: torch.Tensor, n: int) -> int | None:
     return rows // n if torch.equal(concept.cpu(), concept_rows(n, rows // n)) else None
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
-    """Apply each row's own matrix: `y[r] = x[r] @ weight[concept[r]].T`.
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    concept: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply each row's own linear map: `y[r] = x[r] @ weight[concept[r]].T + bias[concept[r]]`.
 
     Args:
         x: [R, ..., d].
         weight: [N, o, d], same type as x.
         concept: [R] long, values 0..N-1.
+        bias: [N, o] or None.
 
     Returns:
         [R, ..., o].
-
     """
     n, width, d = weight.shape
     shape = (*x.shape[:-1], width)
     if n == 1:
-        return F.linear(x, weight[0])
+        return F.linear(x, weight[0], None if bias is None else bias[0])
     block = block_size(concept, n)
     if block is not None:
-        return torch.bmm(x.reshape(n, -1, d), weight.transpose(1, 2)).reshape(shape)
+        y = torch.bmm(x.reshape(n, -1, d), weight.transpose(1, 2))
+        return (y if bias is None else y + bias.unsqueeze(1)).reshape(shape)
     groups = [(c, (concept == c).nonzero().flatten()) for c in concept.unique().tolist()]
-    parts = [F.linear(x[rows.to(x.device)], weight[c]) for c, rows in groups]
+    parts = [
+        F.linear(x[rows.to(x.device)], weight[c], None if bias is None else bias[c])
+        for c, rows in groups
+    ]
     back = torch.cat([rows for _, rows in groups]).argsort().to(x.device)
     return torch.cat(parts)[back]
 

@@ -22,7 +22,6 @@ def generator(
         iteration: iteration number, counted over all stages.
         purpose: what is drawn, e.g. `"noise"`; different purposes are independent.
         item: index in the global batch of the concept; never a rank's.
-
     """
     key = json.dumps([seed, concept_id, iteration, purpose, item]).encode()
     value = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")

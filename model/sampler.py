@@ -33,7 +33,6 @@ def sample_student(
 
     Returns:
         images [R, 3, S, S] in [-1, 1], float32.
-
     """
     schedule = pair.student_schedule
 
@@ -65,7 +64,6 @@ def sample_teacher(
 
     Returns:
         images [R, 3, S, S] in [-1, 1], float32.
-
     """
     schedule = pair.teacher_schedule
     both = torch.cat([kv_uncond, kv])
@@ -101,7 +99,6 @@ def draw(
 
     Returns:
         uint8 [R, 3, S, S] on the CPU. A row does not depend on the other rows but for round-off.
-
     """
     kv = student_keys_values(pair, adapters, prompts)
     return to_uint8(sample_student(pair, kv, picture_noise(pair, seeds), steps))

@@ -13,6 +13,7 @@ import torch
 from model.errors import InputError
 
 TRAIN_STEPS = 1000
+LAST_STEP = TRAIN_STEPS - 1
 Prediction = Literal["epsilon", "v_prediction"]
 
 
@@ -28,7 +29,6 @@ class NoiseSchedule:
         steps_offset: added to leading time steps.
         final_abar: `abar` after the last sampling step: 1, or `abar_0` for schedulers with
             `set_alpha_to_one: false`.
-
     """
 
     abar: torch.Tensor
@@ -44,7 +44,6 @@ class NoiseSchedule:
 
         Raises:
             InputError: for a schedule or prediction type that the method does not know.
-
         """
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
@@ -124,7 +123,6 @@ class NoiseSchedule:
 
         Raises:
             InputError: for a number outside 1..1000.
-
         """
         spacing = spacing or self.spacing
         if not 1 <= steps <= TRAIN_STEPS:
@@ -134,9 +132,8 @@ class NoiseSchedule:
         if spacing == "leading":
             stride = TRAIN_STEPS // steps
             first = [i * stride + self.steps_offset for i in reversed(range(steps))]
-            return [min(t, TRAIN_STEPS - 1) for t in first]
-        last = TRAIN_STEPS - 1
-        return [round(last * i / max(steps - 1, 1)) for i in reversed(range(steps))]
+            return [min(t, LAST_STEP) for t in first]
+        return [round(LAST_STEP * i / max(steps - 1, 1)) for i in reversed(range(steps))]
 
 
 def _abar(config: Mapping[str, Any], *, keep_last_positive: bool) -> torch.Tensor:

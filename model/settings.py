@@ -34,7 +34,6 @@ class LossSettings:
         guidance: classifier-free guidance scale of the alignment target.
         align_min_t: smallest `t'` of the alignment target.
         align_max_t: largest `t'` of the alignment target.
-
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
@@ -70,7 +69,6 @@ class ViewSettings:
             empty canvas; otherwise it is scaled to `crop_min`..`crop_max` and cropped.
         far_below: a scale under this adds "far away" words to the prompt.
         scale_words: whether the prompt says how large the subject is.
-
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
@@ -102,7 +100,6 @@ class EchoSettings:
         iterations_share: iterations of a round as a part of the main stage's.
         share: probability that an item of a batch is a student sample.
         keep: part of the samples kept, those nearest to the references by identity.
-
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA

@@ -29,7 +29,6 @@ class Prompts:
     Attributes:
         ids: [R, L] long; table indices. A concept token's place holds 0, which is not looked at.
         slots: [R, L] long; -1 for an ordinary token, k for the k-th row of the row's concept.
-
     """
 
     ids: torch.Tensor
@@ -52,7 +51,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], token_strings: Sequence[str] 
         texts: R prompts.
         token_strings: the concept's tokens, e.g. `["<new1>"]`; the k-th one fills slot k. With
             none, text that looks like a token is ordinary text.
-
     """
     extended = _extended(tokenizer, tuple(token_strings))
     encoded = extended(
@@ -84,7 +82,6 @@ def encode(
         prompts: R tokenized prompts, on any device.
         rows: [R, n_tokens, d] embedding rows of each prompt's concept, or None when no prompt
             holds a concept token. Gradient flows to them.
-
     """
     table: Any = text_encoder.get_input_embeddings()  # type: ignore[operator]
     device = table.weight.device

@@ -1,0 +1,168 @@
+"""What one iteration sees: reference views and every random draw, for a pack of concepts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.base_pair import BasePair
+from model.losses import SWD_DIRECTIONS, SWD_PATCH, unit_directions
+from model.packing import concept_rows
+from model.randomness import generator, integer, normal, uniform
+from model.schedule import LAST_STEP
+from model.settings import EchoSettings, LossSettings, ViewSettings
+from model.text import Prompts, cat, tokenize
+from model.views import ConceptText, View, draw_view, prepare_images
+
+
+@dataclass(frozen=True, eq=False)
+class EchoSample:
+    """A student sample that joined a concept's references.
+
+    Attributes:
+        image: uint8 [3, S, S].
+        prompt: what it was drawn for.
+    """
+
+    image: torch.Tensor
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptData:
+    """What training sees of a concept.
+
+    Attributes:
+        id: the concept's id; keys its randomness.
+        text: its words.
+        images: prepared reference images, uint8 [3, s, s].
+        echo: student samples that joined them.
+    """
+
+    id: str
+    text: ConceptText
+    images: tuple[torch.Tensor, ...]
+    echo: tuple[EchoSample, ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        concept_id: str,
+        text: ConceptText,
+        images: Sequence[torch.Tensor],
+        size: int,
+        views: ViewSettings,
+    ) -> "ConceptData":
+        """Prepare reference images (uint8 [3, H, W], any size) for views of `size` px."""
+        return cls(concept_id, text, prepare_images(images, size, views))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A rank's rows of one iteration's batch; R = N * B.
+
+    Attributes:
+        concept: [R] long, on the CPU.
+        images: `x` [R, 3, S, S] in [-1, 1].
+        masks: `m` [R, 1, h, w].
+        texts: `y`, R prompts.
+        prompts: the same, tokenized.
+        noise: `eps` [R, c, h, w], shared by teacher, student and alignment.
+        t: [R] long, the teacher's time steps.
+        t_align: [R] long, `t'`.
+        directions: MS-SWD's [N, P, 3, k, k], or None when it is not used.
+        n: N, the number of concepts.
+    """
+
+    concept: torch.Tensor
+    images: torch.Tensor
+    masks: torch.Tensor
+    texts: tuple[str, ...]
+    prompts: Prompts
+    noise: torch.Tensor
+    t: torch.Tensor
+    t_align: torch.Tensor
+    directions: torch.Tensor | None
+    n: int
+
+
+def draw_batch(
+    concepts: Sequence[ConceptData],
+    pair: BasePair,
+    *,
+    seed: int,
+    iteration: int,
+    items: int,
+    rank: int = 0,
+    views: ViewSettings,
+    echo: EchoSettings,
+    loss: LossSettings,
+) -> Batch:
+    """Draw a rank's rows of an iteration's batch, on the CPU, then move them to the pair's device.
+
+    Item i of a concept draws from generators keyed by (seed, concept id, iteration, purpose, i)
+    and by nothing else, so rank r's items r*B..(r+1)*B-1 are the rows that any other split, or one
+    process with the whole batch, would draw. MS-SWD's directions are keyed by concept and
+    iteration: all items share them.
+
+    Args:
+        concepts: the pack, in order.
+        pair: the base pair.
+        seed: the run's seed.
+        iteration: counted over all stages.
+        items: B, items a concept on this rank.
+        rank: data parallel rank.
+        views: augmentation settings.
+        echo: its `share` decides how often a student sample stands in, once there are some.
+        loss: its range of `t'` and whether MS-SWD is used.
+    """
+    concept = concept_rows(len(concepts), items)
+    keys = [(c, rank * items + i) for c in concepts for i in range(items)]
+
+    def gen(c: ConceptData, purpose: str, item: int = 0) -> torch.Generator:
+        return generator(seed, c.id, iteration, purpose, item)
+
+    drawn = [_draw_item(c, pair, gen(c, "view", i), views, echo) for c, i in keys]
+    prompts = [
+        tokenize(pair.tokenizer, [view.prompt], [c.text.token])
+        for (c, _), view in zip(keys, drawn, strict=True)
+    ]
+    noise = torch.stack([normal(pair.latent_shape, gen(c, "noise", i)) for c, i in keys])
+    t = [integer(0, LAST_STEP, gen(c, "t", i)) for c, i in keys]
+    t_align = [integer(loss.align_min_t, loss.align_max_t, gen(c, "t_align", i)) for c, i in keys]
+    directions = None
+    if loss.perceptual == "swd" and loss.perc_weight > 0:
+        shape = (SWD_DIRECTIONS, 3, SWD_PATCH, SWD_PATCH)
+        raw = torch.stack([normal(shape, gen(c, "swd")) for c in concepts])
+        directions = unit_directions(raw).to(pair.device)
+    return Batch(
+        concept=concept,
+        images=torch.stack([view.image for view in drawn]).to(pair.device),
+        masks=torch.stack([view.mask for view in drawn]).to(pair.device),
+        texts=tuple(view.prompt for view in drawn),
+        prompts=cat(prompts).to(pair.device),
+        noise=noise.to(pair.device),
+        t=torch.tensor(t, device=pair.device),
+        t_align=torch.tensor(t_align, device=pair.device),
+        directions=directions,
+        n=len(concepts),
+    )
+
+
+def _draw_item(
+    concept: ConceptData,
+    pair: BasePair,
+    gen: torch.Generator,
+    views: ViewSettings,
+    echo: EchoSettings,
+) -> View:
+    """Draw what one item shows: a view of a reference image, or a student sample as it is."""
+    if concept.echo and uniform(gen) < echo.share:
+        sample = concept.echo[integer(0, len(concept.echo) - 1, gen)]
+        _, height, width = pair.latent_shape
+        mask = torch.ones(1, height, width)
+        return View(sample.image.float() / 127.5 - 1, mask, sample.prompt)
+    index = integer(0, len(concept.images) - 1, gen)
+    caption = concept.text.caption(index)
+    image, text = concept.images[index], concept.text
+    return draw_view(image, text, pair.resolution, views, gen, factor=pair.factor, caption=caption)
