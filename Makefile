@@ -5,7 +5,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # Give another interpreter with `make PYTHON=/path/to/python3.12 test`.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null && \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/dev/null && \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && \
 	echo $$p && break; done)
 # The build of torch is the machine's business (CPU or CUDA), so it is pinned here and nowhere else.

@@ -39,10 +39,11 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def local_ray(cpus: int) -> Iterator[None]:
+def local_ray(cpus: int, *, echo: bool = False) -> Iterator[None]:
     """A Ray for the time of the block: the cluster that RAY_ADDRESS names, else one of our own.
 
-    `cpus` is what the work asks for at once. A local Ray counts at least so many, even when the
+    `cpus` is what the work asks for at once; with `echo` the workers' words reach this process's
+    stdout and stderr. A local Ray counts at least so many, even when the
     machine has fewer: two workers on one core are slow, and right. Raises ServiceError when the
     cluster is out of reach.
     """
@@ -60,7 +61,7 @@ def local_ray(cpus: int) -> Iterator[None]:
     folder = None
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=echo, logging_level="error")
         else:
             # Sockets live here, and their paths may have 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="echodistill-ray-", dir=_short_temporary()))
@@ -71,7 +72,7 @@ def local_ray(cpus: int) -> Iterator[None]:
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
-                log_to_driver=False,
+                log_to_driver=echo,
                 logging_level="error",
                 _temp_dir=str(folder),
             )

@@ -34,9 +34,11 @@ def check(
     output: Output = context.obj
     checked = check_prefix(prefix)
     if grid is not None:
+        from components.spec import resolve_spec
         from pipeline.preview import write_view_grid
 
-        write_view_grid([one.concept for one in checked if one.concept is not None], grid)
+        concepts = [one.concept for one in checked if one.concept is not None]
+        write_view_grid(concepts, resolve_spec(), grid)
     document: dict[str, Any] = {"concepts": [as_json(one) for one in checked]}
     if grid is not None:
         document["grid"] = str(grid)

@@ -19,6 +19,10 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 30.0
 
 
+class TerminatedError(KeyboardInterrupt):
+    """A service manager's SIGTERM: it cleans up as a person's Ctrl-C does."""
+
+
 class StoppedError(Exception):
     """The work noticed that it is to stop."""
 

@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline.cli import check, demo, generate, serve, train
+from pipeline.cli.interruptible import TerminatedError
 from pipeline.cli.output import Output
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -38,7 +39,6 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     help="Batches of visual concepts in, one-step text-to-image adapters out.",
 )
 app.command("check")(check.check)
@@ -111,15 +111,14 @@ def run(arguments: list[str], output: Output) -> int:
         return code
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise TerminatedError
 
 
 def main() -> None:
     """Entry point of the console script."""
-    # A service manager's stop is a person's Ctrl-C: both clean up.
-    signal.signal(signal.SIGTERM, _interrupt)
-    arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:] or ["--help"]
     as_json, debug = "--json" in arguments, "--debug" in arguments
     output = Output(as_json=as_json, debug=debug or bool(os.environ.get("ECHODISTILL_DEBUG")))
     code = run(arguments, output)

@@ -92,11 +92,10 @@ class Output:
         aside = log if not (self.as_json or self.debug) else None
         saved: tuple[int, int] | None = None
         if aside is not None:
-            aside.parent.mkdir(parents=True, exist_ok=True)
             sys.stdout.flush()
             sys.stderr.flush()
             saved = os.dup(1), os.dup(2)
-            target = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            target = _open_log(aside)
             os.dup2(target, 1)
             os.dup2(target, 2)
             os.close(target)
@@ -162,3 +161,12 @@ class Output:
             self._stderr.flush()
         else:
             self.console.print(f"{event.stage:>9}  {words}", markup=False, soft_wrap=True)
+
+
+def _open_log(path: Path) -> int:
+    """Open a log to append to; where none can be written, what it would hold is dropped."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)

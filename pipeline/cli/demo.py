@@ -1,0 +1,5 @@
+"""`echodistill demo`."""
+
+
+def demo():
+    pass

@@ -1,0 +1,94 @@
+"""`echodistill train`: concepts in, registered one-step adapters out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.interruptible import Interruptible
+from pipeline.cli.options import Base, Debug, Json, Prefix, Sets, SpecFile, TrackingUri
+from pipeline.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from components.spec import RunSpec
+    from pipeline.run import ConceptResult
+
+LOG = Path("runs/logs/train.txt")
+
+
+def train(
+    context: typer.Context,
+    prefix: Prefix,
+    base: Base = None,
+    spec: SpecFile = None,
+    sets: Sets = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train concepts again that are registered already.")
+    ] = False,
+    tracking_uri: TrackingUri = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train concepts, register their adapters, evaluate and promote them.
+
+    Concepts that were trained with the same images, settings and base are not trained again.
+    Exit code 1 when a concept is not valid or failed; the others are done all the same.
+    """
+    output: Output = context.obj
+    resolved = _resolve(base, spec, sets or [], tracking_uri)
+    from pipeline.run import train_prefix
+    from pipeline.services import local_ray, quiet_libraries, stop_ray
+
+    quiet_libraries()
+    job = Interruptible(output)
+
+    def work() -> list[ConceptResult]:
+        with local_ray(cpus=cpus_at_once(resolved), echo=output.debug):
+            return train_prefix(prefix, resolved, force=force, progress=job.progress)
+
+    with output.noise_to(LOG):
+        results = job.run(work, stop_ray)
+    document = {"concepts": [one.as_json() for one in results]}
+    output.finish(document, lambda console: _draw(console, results))
+    raise typer.Exit(0 if all(one.state in ("trained", "already") for one in results) else 1)
+
+
+def _resolve(
+    base: str | None, file: Path | None, sets: list[str], tracking_uri: str | None
+) -> RunSpec:
+    from components.spec import resolve_spec
+    from pipeline.base import base_settings
+
+    preset, own = base_settings(base)
+    if tracking_uri:
+        own.append(f'tracking.uri="{tracking_uri}"')
+    return resolve_spec(preset, file, [*own, *sets])
+
+
+def cpus_at_once(spec: RunSpec) -> int:
+    """CPUs that one pack's workers ask Ray for at once, and one for what goes beside them."""
+    return spec.train.workers * (spec.train.cpus_per_worker or 1) + 1
+
+
+def _draw(console: Console, results: list[ConceptResult]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("concept", "state", "version", "sha256", "seconds", ""):
+        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    for one in results:
+        good = one.state in ("trained", "already")
+        table.add_row(
+            Text(one.id),
+            Text(one.state, style="" if good else "red"),
+            one.version or "",
+            (one.sha256 or "")[:12],
+            f"{one.seconds:.0f}" if one.seconds else "",
+            Text(one.error or one.note),
+        )
+    console.print(table)

@@ -1,0 +1,159 @@
+"""Pictures of a registered concept on this machine, without a server."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.ingest.cache import cache_root, disk_error, replacing, replacing_folder
+from components.register.registry import (
+    CHAMPION,
+    RegisteredVersion,
+    fetch_adapter,
+    get_version,
+)
+from model.errors import EchoDistillError, InputError
+from pipeline.progress import Event, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.adapter import Adapter
+
+STEPS = (1, 2, 4)
+LARGEST_N = 64
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was drawn: files in the order of their seeds, by which version, with which words."""
+
+    concept: str
+    version: int
+    sha256: str
+    prompt: str
+    seeds: tuple[int, ...]
+    paths: tuple[Path, ...]
+    seconds: float
+
+
+def generate(
+    concept: str,
+    prompt: str,
+    *,
+    seed: int,
+    steps: int,
+    n: int,
+    out: Path,
+    tracking_uri: str,
+    base: dict[str, str] | None = None,
+    progress: Progress,
+) -> Generated:
+    """Draw `n` pictures of a concept, seeds `seed`, `seed + 1`, ..., as PNG files in `out`.
+
+    Args:
+        concept: `<id>`, which means its champion, or `<id>@<alias or version>`.
+        prompt: names the concept by its token or its class noun.
+        seed: of the first picture; the same seed gives the endpoint's picture.
+        steps: network evaluations, 1, 2 or 4.
+        n: how many.
+        out: a folder; made when it is missing.
+        tracking_uri: of the registry.
+        base: `teacher` and `student` directories to draw with, by default what the adapter names.
+        progress: listens.
+
+    Raises:
+        InputError: for an unknown concept or version, a prompt that does not name it, or a base
+            that is not the adapter's.
+        ServiceError: when the registry is out of reach or the disk is full.
+    """
+    import time
+
+    from model.adapter import prompt_for
+    from model.base_pair import load_base_pair
+    from model.sampler import draw
+
+    if steps not in STEPS:
+        raise InputError(f"--steps {steps} is not offered: the student draws in 1, 2 or 4")
+    if not 1 <= n <= LARGEST_N:
+        raise InputError(f"--n {n} is out of range: ask for 1 to {LARGEST_N} pictures")
+    version = _find(concept, tracking_uri)
+    progress(Event("load", version.concept_id, f"version {version.version}"))
+    adapter = _load(version, tracking_uri)
+    words = prompt_for(adapter.meta, prompt)
+    teacher, student = _base_of(adapter, base)
+    pair = load_base_pair(
+        teacher,
+        student,
+        name=adapter.meta["base"]["name"],
+        resolution=adapter.meta["resolution"],
+    )
+    seeds = tuple(range(seed, seed + n))
+    paths = []
+    start = time.perf_counter()
+    for done, one in enumerate(seeds, 1):
+        picture = draw(pair, [adapter], [words], [one], steps)[0]
+        path = out / f"{version.concept_id}-v{version.version}-seed{one}.png"
+        _save(picture, path)
+        paths.append(path)
+        progress(Event("draw", version.concept_id, path.name, done, n))
+    seconds = time.perf_counter() - start
+    return Generated(
+        version.concept_id, version.version, version.sha256, words, seeds, tuple(paths), seconds
+    )
+
+
+def _find(concept: str, tracking_uri: str) -> RegisteredVersion:
+    concept_id, _, pointer = concept.partition("@")
+    found = get_version(concept_id, pointer or CHAMPION, tracking_uri=tracking_uri)
+    if found is None:
+        raise InputError(
+            f"there is no {pointer or CHAMPION} of concept {concept_id!r} in the registry at "
+            f"{tracking_uri}: train it first, or name another registry with --tracking-uri"
+        )
+    return found
+
+
+def _load(version: RegisteredVersion, tracking_uri: str) -> Adapter:
+    """Load a version's adapter from the cache, where it comes from the registry once."""
+    from model.adapter import load_adapter
+
+    place = cache_root() / "adapters" / version.concept_id / version.sha256
+    if place.exists():
+        try:
+            return load_adapter(place, expected_sha256=version.sha256)
+        except EchoDistillError:
+            shutil.rmtree(place, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="echodistill-fetch-") as scratch:
+        fetched = fetch_adapter(version, Path(scratch), tracking_uri=tracking_uri)
+        with replacing_folder(place) as temporary:
+            shutil.copytree(fetched, temporary, dirs_exist_ok=True)
+    return load_adapter(place, expected_sha256=version.sha256)
+
+
+def _base_of(adapter: Adapter, base: dict[str, str] | None) -> tuple[Path, Path]:
+    if base is not None:
+        return Path(base["teacher"]), Path(base["student"])
+    from components.ingest.store import resolve_model
+
+    recorded = adapter.meta["base"]
+    student = resolve_model(recorded["student"])
+    # Drawing needs no teacher, so one that can't be had is not asked for: the student stands in.
+    return student, student
+
+
+def _save(picture: torch.Tensor, path: Path) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
