@@ -168,7 +168,7 @@ def test_many_processes_fill_one_cache(s3_bucket: S3Bucket, tmp_path: Path) -> N
 
 
 def test_keys_that_climb_out_are_refused(s3_bucket: S3Bucket, tmp_path: Path) -> None:
-    for key in ("m/model.safetensors", "m/..\\\\evil.json"):
+    for key in ("m/model.safetensors", "m/unet\\evil.json"):
         s3_bucket.client.put_object(Bucket=s3_bucket.name, Key=key, Body=b"{}")
     with pytest.raises(InputError, match="its key holds"):
         store.resolve_model(f"{s3_bucket.uri}/m", cache=tmp_path)

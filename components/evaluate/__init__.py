@@ -1,0 +1,1 @@
+"""How well an adapter draws its concept: METHOD.md "Metrics" over DreamBench's prompts."""

@@ -1,0 +1,1 @@
+"""From candidate to champion, through a gate."""

@@ -1,0 +1,1 @@
+"""From an adapter folder to a verified version in the MLflow registry."""

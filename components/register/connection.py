@@ -1,0 +1,95 @@
+"""The MLflow server: a client with bounded waits, its errors as sentences, the experiment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.ingest.cache import disk_error
+from model.errors import EchoDistillError, InputError, ServiceError
+
+DEFAULT_EXPERIMENT = "echodistill"
+# MLflow's own defaults keep a request to a dead server busy for many minutes.
+_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def connect(tracking_uri: str) -> Any:
+    """Return an MlflowClient for tracking and registry at one URI (nothing global is set)."""
+    for name, value in _LIMITS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    with reaching(tracking_uri):
+        return MlflowClient(tracking_uri, tracking_uri)
+
+
+def code_of(error: BaseException) -> str:
+    """Return MLflow's code of an error ("" for an error of another kind)."""
+    return str(getattr(error, "error_code", ""))
+
+
+@contextmanager
+def reaching(tracking_uri: str) -> Iterator[None]:
+    """Turn what goes wrong in the block into ServiceError, or InputError for a wrong setting."""
+    try:
+        yield
+    except EchoDistillError:
+        raise
+    except Exception as error:
+        where = f"the MLflow server at {hide_password(tracking_uri)}"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_error(error, where) from error
+        if "unsupported URI" in str(error):
+            raise InputError(
+                f"{hide_password(tracking_uri)} is no MLflow server: write sqlite:///file.db or "
+                "http://host:port"
+            ) from error
+        code = code_of(error)
+        reason = hide_password(_first_line(error))
+        if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise InputError(
+                f"{where} refused the credentials ({reason}): check MLFLOW_TRACKING_USERNAME, "
+                "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
+            ) from error
+        if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise InputError(f"{where} refused a request: {reason}") from error
+        raise ServiceError(
+            f"{where} did not answer ({reason}): check that it runs and can be reached"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def hide_password(text: str) -> str:
+    """Return a text with the user and password of its URIs left out."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def experiment_id(client: Any, tracking_uri: str, name: str = DEFAULT_EXPERIMENT) -> str:
+    """Return the id of an experiment, made when it is missing.
+
+    A SQLite file's artifacts go beside it: MLflow's default is the folder a process runs in.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        scheme, _, path = tracking_uri.partition(":///")
+        place = Path(path).resolve().parent / "mlartifacts" if scheme == "sqlite" else None
+        location = None if place is None else str(place)
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # another process made it just now
+            if found is None:
+                raise
+    return str(found.experiment_id)

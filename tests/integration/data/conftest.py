@@ -1,0 +1,108 @@
+"""A tiny trained-looking adapter and a real MLflow server, once a session."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from components.ingest.concept_folder import Concept, check_prefix, concept_digest
+from model.adapter import AdapterInfo, save_adapter
+from model.base_pair import BasePair, load_base_pair
+from tests.tiny import TinyPaths, build_tiny_pair
+from tests.unit.data.pictures import concept_folder
+
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
+    return build_tiny_pair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def pair(tiny: TinyPaths) -> BasePair:
+    return load_base_pair(tiny.teacher, tiny.student, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def concept(tmp_path_factory: pytest.TempPathFactory) -> Concept:
+    prefix = tmp_path_factory.mktemp("concepts")
+    concept_folder(prefix, "tiny-dog")
+    (dog,) = check_prefix(str(prefix))
+    assert dog.concept is not None
+    return dog.concept
+
+
+@pytest.fixture
+def make_adapter(tiny: TinyPaths, pair: BasePair, concept: Concept, tmp_path: Path) -> MakeAdapter:
+    """Writes an adapter folder of `concept` whose weights depend on `seed`."""
+
+    def make(seed: int = 1, spec: str = "spec", name: str = "adapter") -> Path:
+        gen = torch.Generator().manual_seed(seed)
+        kv = pair.student_kv + 0.3 * torch.randn(pair.student_kv.shape, generator=gen)
+        info = AdapterInfo(
+            concept_id=concept.id,
+            class_noun=concept.class_noun,
+            tokens=(concept.token,),
+            initializer=concept.initializer,
+            base_name="tiny",
+            teacher_id=str(tiny.teacher),
+            student_id=str(tiny.student),
+            spec_digest=spec,
+            concept_digest=concept_digest(concept, spec, pair.hash),
+            iterations=5,
+        )
+        folder = tmp_path / f"{name}-{seed}"
+        rows = torch.randn(1, pair.student_kv.shape[1], generator=gen)
+        save_adapter(folder, pair=pair, info=info, student_kv=kv, token_rows=rows)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real `mlflow server` that also serves artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    database = folder / "mlflow.db"
+    database.write_bytes(mlflow_template.read_bytes())
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "0"]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        yield _url_in(log, process)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def _url_in(log: Path, process: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        found = re.search(r"running on (http://127\.0\.0\.1:[1-9]\d*)", log.read_text())
+        if found:
+            try:
+                if requests.get(f"{found[1]}/health", timeout=2).ok:
+                    return found[1]
+            except requests.ConnectionError:
+                pass
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
