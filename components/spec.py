@@ -30,7 +30,10 @@ class _Section(BaseModel):
 
 
 class BaseSpec(_Section):
-    """The frozen models of a run; each is `pocket:<part>`, a path, an s3:// URI or a hub id."""
+    """The frozen models of a run; each is `pocket:<part>`, a path, an s3:// URI or a hub id.
+
+    `image_projection` is an IP-Adapter safetensors file (path or s3:// URI), or None.
+    """
 
     name: str = Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     teacher: str
@@ -39,6 +42,7 @@ class BaseSpec(_Section):
     backbones: tuple[str, ...] = Field(min_length=1, max_length=8)
     metric_clip: str
     metric_dino: str
+    image_projection: str | None = None
 
 
 class TrainSpec(_Section):
@@ -61,6 +65,7 @@ class TrainSpec(_Section):
     checkpoint_seconds: float = Field(default=600.0, ge=0)
     sample_every: int = Field(default=100, ge=0)
     max_failures: int = Field(default=2, ge=-1, le=1000)
+    keep_teacher: bool = True
     storage_path: str = "runs/train"
 
 
@@ -127,6 +132,7 @@ _NO_EFFECT_TRAIN = (
     "checkpoint_seconds",
     "sample_every",
     "max_failures",
+    "keep_teacher",
     "storage_path",
 )
 

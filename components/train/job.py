@@ -13,6 +13,11 @@ from components.ingest.concept_folder import Concept
 from components.spec import RunSpec, spec_digest
 from components.train.tracking import TrackingSettings
 
+# What a checkpoint folder holds; the last two only in a run's last one.
+STATES = "states"
+ADAPTERS = "adapters"
+RESULTS = "pack.json"
+
 
 @dataclass(frozen=True)
 class BasePaths:
@@ -23,12 +28,20 @@ class BasePaths:
     student: str
     identity: str
     backbones: tuple[str, ...]
+    image_projection: str | None = None
 
     @classmethod
     def from_spec(cls, spec: RunSpec) -> BasePaths:
         """Take the references of a run spec."""
         base = spec.base
-        return cls(base.name, base.teacher, base.student, base.identity, base.backbones)
+        return cls(
+            name=base.name,
+            teacher=base.teacher,
+            student=base.student,
+            identity=base.identity,
+            backbones=base.backbones,
+            image_projection=base.image_projection,
+        )
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,18 @@ from components.ingest import store
 from components.ingest.cache import cache_root
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
-from components.train.job import BasePaths, PackJob, TrainedConcept, pack_name
+from components.train.job import (
+    ADAPTERS,
+    RESULTS,
+    BasePaths,
+    PackJob,
+    TrainedConcept,
+    pack_name,
+)
 from components.train.progress import TrainEvent, make_board, relayed
 from components.train.tracking import TrackingSettings
 from model import errors
 from model.errors import EchoDistillError, InputError
-
-ADAPTERS = "adapters"
-STATES = "states"
-RESULTS = "pack.json"
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Training: packs of concepts under Ray Train and DeepSpeed (see `pack.train_pack`)."""

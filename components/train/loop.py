@@ -1,0 +1,324 @@
+"""The training loop around the method's five functions.
+
+Members of a pack that stand at the same iteration train together as a segment. A segment ends
+when all are done, when one fails, or where a member that is further ahead waits; the next one is
+built from the members' states, so a state can always go on anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from components.spec import RunSpec
+from components.train import ranks
+from components.train.checkpoint import ConceptState
+from components.train.engines import (
+    State,
+    clip_per_concept,
+    concept_slice,
+    free,
+    make_engine,
+    read_state,
+    stack_states,
+)
+from components.train.job import echo_iterations, total_iterations
+from components.train.members import Member, echo_of
+from model.batch import ConceptData, draw_batch
+from model.concept import StudentWeights, TeacherWeights
+from model.discriminators import DiscriminatorHeads
+from model.echo import EchoRound, echo_round
+from model.iteration import (
+    Frozen,
+    alignment_target,
+    discriminator_loss,
+    student_draw,
+    student_loss,
+    teacher_loss,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What happened in some iterations of a segment.
+
+    Attributes:
+        first: the first of its iterations.
+        names: of the values.
+        values: [T, K, N] on the CPU, averaged over the ranks; T iterations, K names, N members.
+        seconds: that it took.
+
+    """
+
+    first: int
+    names: tuple[str, ...]
+    values: torch.Tensor
+    seconds: float
+
+
+class Watcher:
+    """What the loop tells while it trains; this one listens to nothing.
+
+    Every method is called on every rank at the same time.
+    """
+
+    def block(self, members: list[Member], block: Block) -> None:
+        """Some iterations are done."""
+
+    def echo(self, member: Member, iteration: int, drawn: EchoRound) -> None:
+        """A member's echo round was drawn."""
+
+    def pictures(self, members: list[Member], iteration: int, segment: Segment) -> None:
+        """It is time for sample pictures."""
+
+    def failed(self, member: Member) -> None:
+        """A member left the pack; its `error` says why."""
+
+    def wants_checkpoint(self) -> bool:
+        """Tell whether a checkpoint is due; rank 0's answer counts."""
+        return False
+
+    def checkpoint(self) -> None:
+        """Keep the members' states, which are up to date now."""
+
+
+@dataclass
+class Run:
+    """A run on this rank: settings, frozen networks and the pack."""
+
+    spec: RunSpec
+    frozen: Frozen
+    members: list[Member]
+    watcher: Watcher = field(default_factory=Watcher)
+
+
+def train_members(run: Run) -> None:
+    """Train every member to the end or to its failure; their states and errors say how far."""
+    total = total_iterations(run.spec)
+    while True:
+        waiting = [
+            (member, member.state.iteration)
+            for member in run.members
+            if member.error is None and member.state and member.state.iteration < total
+        ]
+        if not waiting:
+            return
+        start = min(iteration for _, iteration in waiting)
+        together = [member for member, iteration in waiting if iteration == start]
+        ahead = [iteration for _, iteration in waiting if iteration > start]
+        segment = Segment(run, together)
+        try:
+            segment.train(start, min([total, *ahead]))
+        finally:
+            segment.free()
+
+
+class Segment:
+    """Some members that train together from one iteration to another.
+
+    Attributes:
+        members: those that train.
+        teacher: engine of `TeacherWeights`; its `module` is for use without gradient.
+        student: engine of `StudentWeights`.
+        heads: engine of `DiscriminatorHeads`.
+
+    """
+
+    def __init__(self, run: Run, members: list[Member]) -> None:
+        """Build the engines from the members' states."""
+        self.run = run
+        self.members = members
+        states = [member.state for member in members if member.state is not None]
+        self.teacher, self.student, self.heads = _engines(run, states)
+
+    def train(self, start: int, stop: int) -> None:
+        """Train from `start` iterations done to `stop`, or until a member fails."""
+        watcher, iteration, alive = self.run.watcher, start, True
+        while iteration < stop and alive:
+            self._begin_echo_round(iteration)
+            end = min(stop, _next_boundary(self.run.spec, iteration))
+            block = self._block(iteration, end)
+            iteration = end
+            watcher.block(self.members, block)
+            for member in _broken(self.members, block):
+                alive = False
+                watcher.failed(member)
+            if alive and _is_picture_time(self.run.spec, iteration):
+                watcher.pictures(self.members, iteration, self)
+            due = ranks.from_first(watcher.wants_checkpoint())
+            if due or not alive or iteration == stop:
+                self._update_states(iteration, block)
+            if due:
+                watcher.checkpoint()
+
+    def free(self) -> None:
+        """Take the engines down."""
+        for engine in (self.teacher, self.student, self.heads):
+            free(engine)
+
+    def _block(self, first: int, end: int) -> Block:
+        began = time.perf_counter()
+        rows: list[torch.Tensor] = []
+        names: tuple[str, ...] = ()
+        for iteration in range(first, end):
+            values = self._iterate(iteration)
+            names = tuple(values)
+            rows.append(torch.stack([value.float() for value in values.values()]))
+        values_tkn = ranks.mean(torch.stack(rows)).cpu()
+        seconds = time.perf_counter() - began
+        for member in self.members:
+            if member.state is not None:
+                member.state.seconds += seconds / len(self.members)
+        return Block(first, names, values_tkn, seconds)
+
+    def _iterate(self, iteration: int) -> dict[str, torch.Tensor]:
+        """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
+        spec, frozen, heads = self.run.spec, self.run.frozen, self.heads.module
+        batch = draw_batch(
+            self._data(),
+            frozen.pair,
+            seed=spec.seed,
+            iteration=iteration,
+            items=spec.batch_size // ranks.world_size(),
+            rank=ranks.rank(),
+            views=spec.views,
+            echo=spec.echo,
+            loss=spec.loss,
+        )
+        rec, text_states = teacher_loss(frozen, self.teacher, batch, spec.loss)
+        norms = {"teacher": self._step(self.teacher, rec)}
+        drawn = student_draw(frozen, self.student, text_states, batch)
+        teacher = self.teacher.module
+        target = alignment_target(frozen, teacher, text_states, drawn, batch, spec.loss)
+        # The student's loss runs through the heads: what reached them would be taken for their own
+        # gradient by their engine.
+        heads.requires_grad_(False)
+        loss = student_loss(frozen, heads, drawn, target, batch, spec.loss)
+        norms["student"] = self._step(self.student, loss.total)
+        heads.requires_grad_(True)
+        parts = {"rec": rec.detach(), **loss.parts}
+        if loss.fake_features:
+            disc = discriminator_loss(frozen, self.heads, batch, loss.fake_features)
+            norms["heads"] = self._step(self.heads, disc)
+            parts["disc"] = disc.detach()
+        return {
+            **{f"loss/{name}": value for name, value in parts.items()},
+            **{f"grad_norm/{name}": value for name, value in norms.items()},
+        }
+
+    def _step(self, engine: Any, losses: torch.Tensor) -> torch.Tensor:
+        engine.backward(losses.sum())
+        norms = clip_per_concept(engine, self.run.spec.train.clip_norm)
+        engine.step()
+        return norms.detach()
+
+    def _data(self) -> list[ConceptData]:
+        return [member.data for member in self.members if member.data is not None]
+
+    def _begin_echo_round(self, iteration: int) -> None:
+        """At the start of an echo round the student's samples join the references."""
+        spec = self.run.spec
+        into = iteration - spec.train.iterations
+        if into < 0 or not echo_iterations(spec) or into % echo_iterations(spec):
+            return
+        drawn = echo_round(
+            self.run.frozen,
+            self.teacher.module,
+            self.student.module,
+            self._data(),
+            spec.echo,
+            seed=spec.seed,
+            iteration=iteration,
+        )
+        # The filter could decide otherwise on another rank, by round-off on an accelerator.
+        for member, each in zip(self.members, ranks.from_first(drawn), strict=True):
+            data = member.data
+            assert data is not None
+            echo = (*data.echo, *each.kept)
+            member.data = ConceptData(data.id, data.text, data.images, echo)
+            self.run.watcher.echo(member, iteration, each)
+
+    def _update_states(self, iteration: int, block: Block) -> None:
+        """Gather the engines' states into those of the members that have not failed."""
+        whole = {
+            "teacher": read_state(self.teacher),
+            "student": read_state(self.student),
+            "heads": read_state(self.heads),
+        }
+        means = block.values.mean(0)
+        for n, member in enumerate(self.members):
+            if member.error is not None or member.state is None or member.data is None:
+                continue
+            images, prompts = echo_of(member.data)
+            member.state = ConceptState(
+                concept_id=member.concept.id,
+                digest=member.digest,
+                iteration=iteration,
+                groups={name: concept_slice(state, n) for name, state in whole.items()},
+                echo_images=images,
+                echo_prompts=prompts,
+                seconds=member.state.seconds,
+                losses=dict(zip(block.names, means[:, n].tolist(), strict=True)),
+            )
+
+
+def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
+    """Build the three engines from the states of members that stand at the same iteration."""
+    settings, pair = run.spec.train, run.frozen.pair
+    scale = run.spec.batch_size if settings.scale_lr else 1
+    step = states[0].iteration
+    stacked: dict[str, State] = {
+        name: stack_states([state.groups[name] for state in states]) for name in states[0].groups
+    }
+    teacher = TeacherWeights(stacked["teacher"]["kv"], stacked["teacher"]["rows"])
+    student = StudentWeights(stacked["student"]["kv"])
+    dims = [backbone.dim for backbone in run.frozen.backbones]
+    heads = DiscriminatorHeads(dims, [state.concept_id for state in states], run.spec.seed)
+    for name, parameter in heads.named_parameters():
+        parameter.data.copy_(stacked["heads"][name])
+    teacher_rates = {"kv": settings.teacher_lr * scale, "rows": settings.token_lr * scale}
+    rates = (teacher_rates, {"": settings.student_lr * scale}, {"": settings.head_lr})
+    modules = (("teacher", teacher), ("student", student), ("heads", heads))
+    made = [
+        make_engine(module.to(pair.device), rate, settings, step, stacked[name])
+        for (name, module), rate in zip(modules, rates, strict=True)
+    ]
+    return made[0], made[1], made[2]
+
+
+def _broken(members: list[Member], block: Block) -> list[Member]:
+    """Find and mark the members that had a value that is not finite."""
+    broken = []
+    for n, member in enumerate(members):
+        wrong = (~block.values[:, :, n].isfinite()).nonzero()
+        if member.error is None and len(wrong):
+            t, k = wrong[0].tolist()
+            kept = member.state.iteration if member.state else 0
+            member.error = (
+                f"{block.names[k]} was not finite at iteration {block.first + t}: lower the "
+                f"learning rates or the loss weights (its state of iteration {kept} is kept)"
+            )
+            broken.append(member)
+    return broken
+
+
+def _next_boundary(spec: RunSpec, iteration: int) -> int:
+    """Return the next iteration at which a block ends, which is after `iteration`."""
+    steps = [spec.tracking.log_every]
+    if spec.train.sample_every:
+        steps.append(spec.train.sample_every)
+    ends = [(iteration // step + 1) * step for step in steps]
+    if iteration < spec.train.iterations:
+        ends.append(spec.train.iterations)
+    elif echo_iterations(spec):
+        into = iteration - spec.train.iterations
+        ends.append(iteration + echo_iterations(spec) - into % echo_iterations(spec))
+    return min(ends)
+
+
+def _is_picture_time(spec: RunSpec, iteration: int) -> bool:
+    every = spec.train.sample_every
+    return bool(every) and iteration % every == 0

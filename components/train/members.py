@@ -1,0 +1,164 @@
+"""The members of a pack: their data, and the states that they start or go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from components.ingest import store
+from components.ingest.concept_folder import Concept, concept_digest, load_images
+from components.spec import RunSpec, spec_digest
+from components.train import ranks
+from components.train.checkpoint import ConceptState, read_state, state_folders
+from components.train.job import STATES, PackJob
+from model.batch import ConceptData, EchoSample
+from model.concept import initial_row
+from model.discriminators import DiscriminatorHeads
+from model.errors import EchoDistillError, InputError
+from model.iteration import Frozen
+from model.views import ConceptText
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One concept of a pack.
+
+    Attributes:
+        concept: what was asked for.
+        digest: of concept, spec and base.
+        data: what training sees; None when it could not be loaded.
+        state: where it is; the last good state once it failed.
+        error: why it failed, or None.
+
+    """
+
+    concept: Concept
+    digest: str
+    data: ConceptData | None = None
+    state: ConceptState | None = None
+    error: str | None = None
+
+
+def load_members(job: PackJob, frozen: Frozen, checkpoint: Path | None) -> list[Member]:
+    """Load the pack's images and states; what is wrong with one member is that member's error.
+
+    Args:
+        job: the run.
+        frozen: the frozen networks.
+        checkpoint: this run's own last checkpoint, as a local folder, or None.
+
+    Raises:
+        InputError: when a state that was given by hand can't be used.
+
+    """
+    digest = spec_digest(job.spec)
+    members = [Member(c, concept_digest(c, digest, frozen.pair.hash)) for c in job.concepts]
+    for member in members:
+        try:
+            member.data = _data(member.concept, job.spec)
+            member.state = _initial_state(member, job.spec, frozen)
+        except EchoDistillError as error:
+            member.error = str(error)
+    errors = ranks.gathered([member.error for member in members])
+    for place, member in enumerate(members):
+        member.error = next((each[place] for each in errors if each[place]), None)
+    for uri in job.states:
+        with _local(uri) as folder:
+            _take_states(members, folder, strict=True)
+    if checkpoint is not None:
+        _take_states(members, checkpoint, strict=False)
+    return members
+
+
+def _data(concept: Concept, spec: RunSpec) -> ConceptData:
+    captions = tuple(image.caption for image in concept.images)
+    text = ConceptText(concept.class_noun, concept.token, captions)
+    side = math.ceil(spec.resolution * spec.views.crop_max)
+    images = load_images(concept, shorter_side=side)
+    return ConceptData.build(concept.id, text, images, spec.resolution, spec.views)
+
+
+def _initial_state(member: Member, spec: RunSpec, frozen: Frozen) -> ConceptState:
+    """Start at the base, with the token at its initializer's row."""
+    pair, concept = frozen.pair, member.concept
+    row = initial_row(pair, concept.initializer or concept.class_noun)
+    dims = [backbone.dim for backbone in frozen.backbones]
+    heads = DiscriminatorHeads(dims, [concept.id], spec.seed)
+    return ConceptState(
+        concept_id=concept.id,
+        digest=member.digest,
+        iteration=0,
+        groups={
+            "teacher": {"kv": pair.teacher_kv.cpu().clone(), "rows": row.cpu()[None]},
+            "student": {"kv": pair.student_kv.cpu().clone()},
+            "heads": {name: p.detach()[0].clone() for name, p in heads.named_parameters()},
+        },
+    )
+
+
+def _take_states(members: Sequence[Member], folder: Path, *, strict: bool) -> None:
+    """Let members go on from the states in a folder, where those are further than their own."""
+    found = state_folders(folder)
+    if strict and not any(member.concept.id in found for member in members):
+        raise InputError(f"{folder} holds no state of this pack's concepts: give a checkpoint")
+    for member in members:
+        place = found.get(member.concept.id)
+        if place is None or member.state is None:
+            continue
+        try:
+            state = read_state(place, member.digest)
+        except InputError as error:
+            if strict:
+                raise
+            log.warning("%s; %s starts anew", error, member.concept.id)
+            continue
+        if state.iteration > member.state.iteration:
+            go_on(member, state)
+
+
+def go_on(member: Member, state: ConceptState) -> None:
+    """Put a member where a state is."""
+    assert member.data is not None
+    member.state = state
+    echo: tuple[EchoSample, ...] = ()
+    if state.echo_images is not None:
+        pairs = zip(state.echo_images, state.echo_prompts, strict=True)
+        echo = tuple(EchoSample(image, prompt) for image, prompt in pairs)
+    data = member.data
+    member.data = ConceptData(data.id, data.text, data.images, echo)
+
+
+def echo_of(data: ConceptData) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """Give a concept's echo samples as its state keeps them: uint8 [E, 3, S, S] and prompts."""
+    if not data.echo:
+        return None, ()
+    return torch.stack([each.image for each in data.echo]), tuple(e.prompt for e in data.echo)
+
+
+@contextlib.contextmanager
+def _local(uri: str) -> Iterator[Path]:
+    """Yield the states folder of a checkpoint, fetched when it is on S3."""
+    if not store.is_s3(uri):
+        root = store.local_path(uri)
+        yield root / STATES if (root / STATES).is_dir() else root
+        return
+    work = Path(tempfile.mkdtemp(prefix="echodistill-states-"))
+    try:
+        entries = [e for e in store.list_folder(uri) if not e.name.startswith("adapters/")]
+        for entry, path in zip(entries, store.fetch_all(entries), strict=True):
+            target = work / entry.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        yield work / STATES if (work / STATES).is_dir() else work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,302 @@
+"""What every Ray Train worker runs: load, train, report, leave the results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.ingest import store
+from components.ingest.store import resolve_model
+from components.spec import spec_yaml
+from components.train import ranks
+from components.train.checkpoint import write_state
+from components.train.engines import start_deepspeed
+from components.train.export import PREVIEW_PROMPTS, export_adapters
+from components.train.job import (
+    ADAPTERS,
+    RESULTS,
+    STATES,
+    BasePaths,
+    PackJob,
+    total_iterations,
+)
+from components.train.loop import Block, Run, Segment, Watcher, train_members
+from components.train.members import Member, load_members
+from components.train.progress import TrainEvent
+from components.train.tracking import Tracker
+from model.base_pair import load_base_pair
+from model.discriminators import load_backbone
+from model.echo import EchoRound
+from model.errors import EchoDistillError, InputError
+from model.identity import load_image_projection
+from model.iteration import Frozen
+from model.sampler import picture_noise, sample_student, to_uint8
+from model.text import cat, tokenize
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train_func(config: dict[str, Any]) -> None:
+    """Train a pack on this worker; the entry point of Ray Train.
+
+    Args:
+        config: `{"job": PackJob}`.
+
+    """
+    job: PackJob = config["job"]
+    device = _prepare(job)
+    start_deepspeed(device)
+    try:
+        run = ranks.all_or_none(lambda: _load(job, device))
+    except EchoDistillError as error:
+        # The same for every restart, so nothing is raised: the caller raises it.
+        if ranks.rank() == 0 and job.board is not None:
+            import ray
+
+            ray.get(job.board.fail.remote(type(error).__name__, str(error)))
+        return
+    watcher = run.watcher = RayWatcher(job, run)
+    watcher.begin()
+    train_members(run)
+    watcher.end()
+
+
+def load_frozen(
+    bases: BasePaths, dtype: torch.dtype, device: torch.device, resolution: int | None = None
+) -> Frozen:
+    """Load all frozen models, each once.
+
+    Raises:
+        InputError: when one can't be used.
+        ServiceError: when one can't be fetched.
+
+    """
+    teacher, student = resolve_model(bases.teacher), resolve_model(bases.student)
+    pair = load_base_pair(
+        teacher, student, name=bases.name, dtype=dtype, device=device, resolution=resolution
+    )
+    places = [resolve_model(ref) for ref in (*bases.backbones, bases.identity)]
+    loaded = {place: load_backbone(place, dtype, device) for place in dict.fromkeys(places)}
+    *backbones, identity = (loaded[place] for place in places)
+    projection = None
+    if bases.image_projection:
+        entry = store.find(bases.image_projection)
+        if entry is None:
+            raise InputError(f"there is no file {bases.image_projection}: give an IP-Adapter's")
+        projection = load_image_projection(store.fetch(entry), device)
+    return Frozen.build(pair, backbones, identity, projection)
+
+
+def _prepare(job: PackJob) -> torch.device:
+    """Give this worker its device and threads; returns the device."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return device
+    # Ray gives a worker of one CPU one thread by OMP_NUM_THREADS, whatever the machine has.
+    local = ray.train.get_context().get_local_world_size()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = job.spec.train.cpus_per_worker or max(1, (cores or 1) // local)
+    torch.set_num_threads(threads)
+    return torch.device("cpu")
+
+
+def _load(job: PackJob, device: torch.device) -> Run:
+    spec = job.spec
+    dtype = _DTYPES[spec.train.precision]
+    frozen = load_frozen(job.bases, dtype, device, spec.resolution)
+    with _own_checkpoint() as folder:
+        members = load_members(job, frozen, folder)
+    return Run(spec, frozen, members)
+
+
+@contextlib.contextmanager
+def _own_checkpoint() -> Iterator[Path | None]:
+    """Yield the states of this run's last checkpoint as a local folder, or None."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder) / STATES
+
+
+class RayWatcher(Watcher):
+    """Tells the caller, MLflow and Ray Train what the loop does; rank 0 alone speaks."""
+
+    def __init__(self, job: PackJob, run: Run) -> None:
+        """Start tracking."""
+        self._job = job
+        self._run = run
+        self._first = ranks.rank() == 0
+        self._tracker: Tracker | None = None
+        if self._first and job.tracking is not None:
+            self._tracker = Tracker(job.tracking, job.run_name)
+        self._total = total_iterations(job.spec)
+        self._last_checkpoint = time.monotonic()
+
+    def begin(self) -> None:
+        """Say that everything is loaded."""
+        for member in self._run.members:
+            if self._tracker:
+                params = {
+                    **_flat(self._job.spec.model_dump(mode="json")),
+                    "concept_digest": member.digest,
+                    "class_noun": member.concept.class_noun,
+                    "n_images": len(member.concept.images),
+                }
+                self._tracker.start(member.concept.id, params, spec_yaml(self._job.spec))
+            self._tell(member, "failed" if member.error else "load", text=member.error or "")
+
+    def block(self, members: list[Member], block: Block) -> None:
+        """Tell losses, norms, learning rates and seconds per iteration."""
+        if not self._first:
+            return
+        iterations = len(block.values)
+        pace = block.seconds / iterations
+        done = block.first + iterations
+        stage = "main" if block.first < self._job.spec.train.iterations else "echo"
+        for n, member in enumerate(members):
+            means = dict(zip(block.names, block.values[:, :, n].mean(0).tolist(), strict=True))
+            losses = {k.removeprefix("loss/"): v for k, v in means.items() if k[:5] == "loss/"}
+            self._tell(member, stage, done, losses=losses, seconds_per_iteration=pace)
+            if self._tracker:
+                rows = _metric_rows(block, n)
+                rows[done] |= {"seconds_per_iteration": pace, **self._rates()}
+                self._tracker.log(member.concept.id, rows)
+
+    def echo(self, member: Member, iteration: int, drawn: EchoRound) -> None:
+        """Tell an echo round: similarities, and the kept samples as a picture."""
+        if not self._first:
+            return
+        kept = f"kept {len(drawn.kept)} of {len(drawn.drawn)} student samples"
+        self._tell(member, "echo", iteration, text=kept)
+        if self._tracker:
+            similarities = torch.tensor(drawn.similarities)
+            values = {
+                "echo/similarity_mean": float(similarities.mean()),
+                "echo/similarity_max": float(similarities.max()),
+                "echo/kept": float(len(drawn.kept)),
+            }
+            finite = {name: v for name, v in values.items() if torch.tensor(v).isfinite()}
+            self._tracker.log(member.concept.id, {iteration: finite})
+            picture = torch.cat([sample.image for sample in drawn.kept], dim=2)
+            self._tracker.log_picture(member.concept.id, f"echo/{iteration:06d}.png", picture)
+
+    @torch.no_grad()
+    def pictures(self, members: list[Member], iteration: int, segment: Segment) -> None:
+        """Draw and log sample pictures; every rank draws, since ZeRO stage 3 gathers weights."""
+        if self._job.tracking is None:
+            return
+        pair = self._run.frozen.pair
+        for n, member in enumerate(members):
+            phrase = f"{member.concept.token} {member.concept.class_noun}"
+            prompts = [prompt.format(phrase) for prompt in PREVIEW_PROMPTS]
+            tokens = [tokenize(pair.tokenizer, [p], [member.concept.token]) for p in prompts]
+            place = torch.full((len(prompts),), n)
+            states, _ = segment.teacher.module(pair.text_encoder, cat(tokens), place)
+            noise = picture_noise(pair, range(len(prompts)))
+            images = to_uint8(sample_student(pair, segment.student.module(states, place), noise))
+            if self._tracker:
+                grid = torch.cat(list(images), dim=2)
+                self._tracker.log_picture(member.concept.id, f"samples/{iteration:06d}.png", grid)
+
+    def failed(self, member: Member) -> None:
+        """Tell that a member left."""
+        self._tell(member, "failed", text=member.error or "")
+
+    def wants_checkpoint(self) -> bool:
+        """Tell whether `train.checkpoint_seconds` have passed."""
+        return time.monotonic() - self._last_checkpoint >= self._job.spec.train.checkpoint_seconds
+
+    def checkpoint(self) -> None:
+        """Report the members' states to Ray Train."""
+        with tempfile.TemporaryDirectory(prefix="echodistill-") as work:
+            if self._first:
+                self._write_states(Path(work))
+            self._report(Path(work))
+        self._last_checkpoint = time.monotonic()
+
+    def end(self) -> None:
+        """Leave states, adapters and results as the last checkpoint, and end the MLflow runs."""
+        with tempfile.TemporaryDirectory(prefix="echodistill-") as work:
+            folder = Path(work)
+            if self._first:
+                self._write_states(folder)
+                facts = export_adapters(self._run, self._job.bases, folder / ADAPTERS)
+                run_ids = self._finish_tracking(folder / ADAPTERS)
+                for concept_id, each in facts.items():
+                    each["run_id"] = run_ids.get(concept_id)
+                (folder / RESULTS).write_text(json.dumps(facts))
+            self._report(folder)
+
+    def _finish_tracking(self, adapters: Path) -> dict[str, str]:
+        for member in self._run.members:
+            self._tell(member, "failed" if member.error else "done", text=member.error or "")
+            if self._tracker:
+                if member.error is None:
+                    folder = adapters / member.concept.id
+                    self._tracker.log_folder(member.concept.id, folder, "adapter")
+                self._tracker.finish(member.concept.id, member.error)
+        return self._tracker.close() if self._tracker else {}
+
+    def _write_states(self, folder: Path) -> None:
+        (folder / STATES).mkdir()
+        for member in self._run.members:
+            if member.state is not None and member.state.iteration:
+                write_state(folder / STATES / member.concept.id, member.state)
+
+    def _report(self, folder: Path) -> None:
+        import ray.train
+
+        done = {m.concept.id: m.state.iteration for m in self._run.members if m.state}
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if self._first else None
+        ray.train.report({"iterations": done}, checkpoint=checkpoint)
+
+    def _tell(self, member: Member, stage: str, done: int | None = None, **facts: Any) -> None:
+        if not self._first or self._job.board is None:
+            return
+        if done is None:
+            done = member.state.iteration if member.state else 0
+        event = TrainEvent(member.concept.id, done, self._total, stage, **facts)
+        self._job.board.put.remote([event])
+
+    def _rates(self) -> dict[str, float]:
+        settings = self._job.spec.train
+        scale = self._job.spec.batch_size if settings.scale_lr else 1
+        return {
+            "lr/teacher": settings.teacher_lr * scale,
+            "lr/token": settings.token_lr * scale,
+            "lr/student": settings.student_lr * scale,
+            "lr/heads": settings.head_lr,
+        }
+
+
+def _metric_rows(block: Block, n: int) -> dict[int, dict[str, float]]:
+    """Give member n's finite values by iterations done and name."""
+    rows: dict[int, dict[str, float]] = {}
+    for t, values in enumerate(block.values[:, :, n]):
+        named = zip(block.names, values.tolist(), values.isfinite().tolist(), strict=True)
+        rows[block.first + t + 1] = {name: value for name, value, finite in named if finite}
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

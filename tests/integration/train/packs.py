@@ -1,0 +1,108 @@
+"""Tiny packs: the spec, the concepts, and training them on this rank without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from components.ingest.concept_folder import Concept, check_prefix
+from components.spec import RunSpec, resolve_spec
+from components.train.checkpoint import ConceptState
+from components.train.job import BasePaths, PackJob
+from components.train.loop import Run, train_members
+from components.train.members import go_on, load_members
+from components.train.worker import load_frozen
+
+CPU = torch.device("cpu")
+
+
+def tiny_spec(paths: Any, *sets: str) -> RunSpec:
+    """The pocket preset on the tiny pair: a few iterations, one echo round of one iteration."""
+    base = [
+        "base.name=tiny",
+        f"base.teacher={paths.teacher}",
+        f"base.student={paths.student}",
+        f"base.identity={paths.clip}",
+        f"base.backbones=[{paths.clip},{paths.dino}]",
+        "resolution=32",
+        "train.iterations=4",
+        "train.sample_every=3",
+        "train.cpus_per_worker=1",
+        "train.checkpoint_seconds=1000",
+        "tracking.log_every=2",
+        "echo.samples=4",
+    ]
+    return resolve_spec("pocket", None, [*base, *sets])
+
+
+def tiny_concepts(folder: Path) -> list[Concept]:
+    """Writes (once) and checks the two concepts dog and robot: three coloured pictures each."""
+    for n, concept_id in enumerate(("dog", "robot")):
+        place = folder / concept_id
+        place.mkdir(parents=True, exist_ok=True)
+        gen = torch.Generator().manual_seed(n)
+        for i in range(3):
+            colours = torch.rand(1, 3, 6, 5, generator=gen)
+            picture = torch.nn.functional.interpolate(colours, size=(96, 80), mode="bilinear")[0]
+            pixels = (picture.permute(1, 2, 0) * 255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+        (place / "concept.yaml").write_text(f"class_noun: {concept_id}\ninitializer: {concept_id}\n")
+    checked = check_prefix(str(folder))
+    assert [one.problems for one in checked] == [()] * len(checked)
+    return [one.concept for one in checked if one.concept is not None]
+
+
+def trained(
+    spec: RunSpec,
+    concepts: Sequence[Concept],
+    start: Sequence[ConceptState] = (),
+) -> Run:
+    """Trains a pack on this rank."""
+    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    frozen = load_frozen(job.bases, dtype, CPU, spec.resolution)
+    members = load_members(job, frozen, None)
+    for member in members:
+        for state in start:
+            if state.concept_id == member.concept.id:
+                go_on(member, state)
+    run = Run(spec, frozen, members)
+    train_members(run)
+    return run
+
+
+def states(run: Run) -> dict[str, ConceptState]:
+    return {member.concept.id: member.state for member in run.members if member.state}
+
+
+def weights(state: ConceptState) -> dict[str, torch.Tensor]:
+    """What training moved, by group and name."""
+    return {
+        f"{group}.{name}": tensor
+        for group, tensors in state.groups.items()
+        for name, tensor in tensors.items()
+        if not name.startswith("exp_avg")
+    }
+
+
+def assert_close(
+    found: ConceptState, expected: ConceptState, start: ConceptState, part: float = 1e-3
+) -> None:
+    """Asserts that no weight differs by more than `part` of the largest movement in its group."""
+    mine, theirs, first = weights(found), weights(expected), weights(start)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        moved = (value - first[name]).abs().max()
+        error = (mine[name] - value).abs().max()
+        assert moved > 0, name
+        assert error <= part * moved, (name, float(error), float(moved))
+
+
+def folder_of(tmp: Path) -> Any:
+    from tests.tiny import build_tiny_pair
+
+    return build_tiny_pair(tmp)
