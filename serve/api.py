@@ -112,14 +112,13 @@ class ImageResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One entry of `GET /v1/models`; `version` and `adapter_sha256` are the champion's."""
+    """One entry of `GET /v1/models`; `version` is the champion's, and the base has none."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     version: str | None = None
-    adapter_sha256: str | None = None
 
 
 class ModelList(BaseModel):

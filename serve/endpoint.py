@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -37,10 +39,12 @@ class Endpoint:
         import ray
         from ray import serve as ray_serve
 
-        with contextlib.suppress(Exception):  # Ray may be gone already
-            ray_serve.shutdown()
-        if self.owns_ray:
-            ray.shutdown()
+        # Ray tells of the controller that it ends on standard output, where a program may read.
+        with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.suppress(Exception):  # Ray may be gone already
+                ray_serve.shutdown()
+            if self.owns_ray:
+                ray.shutdown()
 
 
 def start(settings: ServeSettings) -> Endpoint:
@@ -54,11 +58,7 @@ def start(settings: ServeSettings) -> Endpoint:
     """
     keys = read_keys(settings)
     port = free_port(settings.host, settings.port)
-    import ray
-
-    owns_ray = not ray.is_initialized()
-    if owns_ray:
-        _start_ray(settings.ray_address)
+    owns_ray = _start_ray(settings.ray_address)
     endpoint = Endpoint(f"http://{_reachable(settings.host)}:{port}", owns_ray)
     try:
         _deploy(settings, keys, port)
@@ -79,17 +79,21 @@ def serve_blocking(settings: ServeSettings, on_ready: Callable[[str], None]) -> 
     def on_terminate(_signal: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    endpoint = start(settings)
-    try:
-        # Ray has put its own handlers in place by now; they would end the process half-way.
-        before = signal.signal(signal.SIGTERM, on_terminate)
+    output = sys.stdout
+    # Whatever Ray has to say goes to standard error: a program reads standard output.
+    with contextlib.redirect_stdout(sys.stderr):
+        endpoint = start(settings)
         try:
-            on_ready(endpoint.url)
-            stop.wait()
+            # Ray has put its own handlers in place by now; they would end the process half-way.
+            before = signal.signal(signal.SIGTERM, on_terminate)
+            try:
+                with contextlib.redirect_stdout(output):
+                    on_ready(endpoint.url)
+                stop.wait()
+            finally:
+                signal.signal(signal.SIGTERM, before)
         finally:
-            signal.signal(signal.SIGTERM, before)
-    finally:
-        endpoint.stop()
+            endpoint.stop()
 
 
 def free_port(host: str, port: int) -> int:
@@ -109,15 +113,14 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _start_ray(address: str) -> None:
+def _start_ray(address: str) -> bool:
+    """Connects to Ray, or starts one; False when this process was connected already."""
+    if address == "local":
+        _choose_authentication()
     import ray
 
-    # A local Ray would otherwise leave a token in the home folder and turn authentication on for
-    # every later Ray tool of this user.
-    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return False
     try:
         if address == "local":
             ray.init(
@@ -127,14 +130,32 @@ def _start_ray(address: str) -> None:
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
+                # Standard output belongs to this process alone: a program may read it.
+                log_to_driver=False,
                 logging_level="warning",
             )
         else:
-            ray.init(address=address, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         ray.shutdown()
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ServiceError(f"Ray ({address}) cannot be reached or started: {reason}.") from error
+    return True
+
+
+def _choose_authentication() -> None:
+    """Gives a local Ray a token of its own, unless the environment says something else.
+
+    Ray would otherwise write a token to the home folder, and turn authentication on for every
+    later Ray tool of this user.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray reads the mode when it is imported; once that is past, its start turns the mode on.
+    if "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _deploy(settings: ServeSettings, keys: ApiKeys, port: int) -> None:
@@ -142,6 +163,7 @@ def _deploy(settings: ServeSettings, keys: ApiKeys, port: int) -> None:
 
     from serve.app import APP_NAME, build_app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # The gateway writes the access log: Serve's own would be a second one.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     ray_serve.start(

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +29,6 @@ from serve.api import (
     ImageDatum,
     ImageRequest,
     ImageResponse,
-    ModelCard,
     ModelList,
     busy,
     validation_error,
@@ -37,24 +36,11 @@ from serve.api import (
 from serve.auth import ApiKeys
 from serve.guard import App, Guard, error_response
 from serve.metrics import CONTENT_TYPE_LATEST, Metrics
-from serve.painter import Order, Painted
+from serve.orders import Order, Painted, PainterClient
 from serve.settings import ServeSettings
 
 IMAGES_PATH = "/v1/images/generations"
 LONGEST_RETRY = 60
-
-
-class PainterClient(Protocol):
-    """The painter as the HTTP side sees it, in this process or another."""
-
-    async def paint(self, order: Order) -> Painted | ApiError:
-        """The pictures of an order, or why there are none."""
-
-    async def models(self) -> list[ModelCard] | ApiError:
-        """What can be asked for."""
-
-    async def health(self) -> dict[str, Any]:
-        """Facts for `/healthz`; raises when the painter cannot draw."""
 
 
 class Queue:

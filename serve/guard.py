@@ -74,8 +74,9 @@ class Guard:
             return
         start = time.perf_counter()
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        given = headers.get("x-request-id")
+        known = given is not None and _REQUEST_ID.fullmatch(given)
+        request_id = str(given) if known else uuid.uuid4().hex
         # Routes add what they know to this; it becomes the log line.
         facts: dict[str, Any] = {"request_id": request_id}
         scope.setdefault("state", {})["facts"] = facts
@@ -85,7 +86,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if given is None:  # Ray's proxy gives every request an id, and returns that
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

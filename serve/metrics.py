@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serve.painter import Painted
+from serve.orders import Painted
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 

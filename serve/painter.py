@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ from serve.api import (
     ApiError,
     ModelCard,
     ModelRef,
-    OutputFormat,
     busy,
     parse_model,
     server_error,
     unknown_model,
 )
 from serve.engine import Engine, PictureRequest
+from serve.orders import Order, Painted
 from serve.pictures import encode_picture
 from serve.pointers import Pointers
 from serve.registry import BadVersionError, Pinned
@@ -40,19 +40,6 @@ OWNER = "echodistill"
 
 
 @dataclass(frozen=True)
-class Order:
-    """One request, its limits checked: `n` pictures of seeds `seed`, `seed + 1`, ..."""
-
-    model: str | None
-    prompt: str
-    n: int
-    seed: int
-    steps: int
-    size: str | None
-    output_format: OutputFormat
-
-
-@dataclass(frozen=True)
 class Drawn:
     """A picture [H, W, 3] uint8 and how it came about."""
 
@@ -60,20 +47,6 @@ class Drawn:
     queue_seconds: float
     draw_seconds: float
     batch: int  # pictures in its forward
-
-
-@dataclass(frozen=True)
-class Painted:
-    """The answer to an order: encoded pictures and what drew them."""
-
-    files: list[bytes]
-    prompt: str
-    size: str
-    base: str
-    pinned: Pinned | None
-    level: str  # where the adapter was found: memory, disk, registry, or none for the base
-    seconds: dict[str, float]
-    batches: list[int] = field(default_factory=list)
 
 
 Draw = Callable[[PictureRequest], Awaitable[Drawn]]

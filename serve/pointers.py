@@ -96,7 +96,9 @@ class Pointers:
         try:
             return asking.result(patience)
         except FutureTimeout:
-            self._set_away(True)
+            with self._lock:
+                if self._asking.get(key) is asking:  # it did not come back this very moment
+                    self._set_away(True)
         except ServiceError:
             if not fallback:
                 raise
@@ -115,29 +117,30 @@ class Pointers:
         at = self._clock()
         try:
             value = call()
-        except ServiceError:
-            self._set_away(True)
-            self._renew(key)
-            raise
-        finally:
+        except BaseException as error:
             with self._lock:
-                self._asking.pop(key, None)
-        self._set_away(False)
-        self._keep(key, _Answer(value, at))
+                del self._asking[key]
+                if isinstance(error, ServiceError):
+                    self._set_away(True)
+                    self._renew(key)
+            raise
+        with self._lock:
+            del self._asking[key]
+            self._set_away(False)
+            self._keep(key, _Answer(value, at))
         return value
 
     def _renew(self, key: tuple[str, str]) -> None:
         """Believes an older answer for another while, so that a dead registry is asked seldom."""
-        answer = self._remembered(key)
+        answer = self._answers.get(key)
         if answer is not None and answer.value is not None:
             self._keep(key, _Answer(answer.value, self._clock()))
 
     def _keep(self, key: tuple[str, str], answer: _Answer) -> None:
-        with self._lock:
-            self._answers[key] = answer
-            self._answers.move_to_end(key)
-            while len(self._answers) > ANSWERS_KEPT:
-                self._answers.popitem(last=False)
+        self._answers[key] = answer
+        self._answers.move_to_end(key)
+        while len(self._answers) > ANSWERS_KEPT:
+            self._answers.popitem(last=False)
 
     def _remembered(self, key: tuple[str, str]) -> _Answer | None:
         with self._lock:

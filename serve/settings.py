@@ -68,7 +68,9 @@ class ServeSettings(BaseSettings):
     api_keys_file: Path | None = Field(
         default=None, description="one `name sha256:hex` a line; see serve/auth.py"
     )
-    access_log: Path | None = Field(default=None, description="JSON lines; standard error if unset")
+    access_log: Path | None = Field(
+        default=None, description="JSON lines; unset: standard error of the gateway"
+    )
 
     # Limits
     max_n: int = Field(default=10, ge=1, le=64, description="pictures a request may ask for")
@@ -79,7 +81,9 @@ class ServeSettings(BaseSettings):
 
     # How it draws
     max_batch: int = Field(default=8, ge=1, le=256, description="pictures in one forward")
-    batch_wait_seconds: float = Field(default=0.01, ge=0)
+    batch_wait_seconds: float = Field(
+        default=0.0, ge=0, description="a batch also fills while the one before is drawn"
+    )
     replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=1.0, ge=0)
     replica_gpus: float | None = Field(default=None, ge=0, description="default: 1 with CUDA")

@@ -1,0 +1,101 @@
+"""A painter as a Ray Serve deployment: loads the base, and batches pictures of any concepts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import serve as ray_serve
+
+from model.base_pair import BasePair, load_base_pair
+from model.errors import ServiceError
+from serve.api import ApiError, ModelCard
+from serve.engine import Engine, PictureRequest
+from serve.orders import Order, Painted
+from serve.painter import Drawn, Painter
+from serve.pointers import Pointers
+from serve.registry import Registry
+from serve.settings import ServeSettings
+from serve.store import AdapterStore
+
+
+def load_base(settings: ServeSettings) -> BasePair:
+    """The base that the settings name, on their device. Raises InputError when it is not whole."""
+    student = settings.student or _pocket_student()
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, settings.dtype)
+    # The teacher draws nothing here, so the student stands in for it.
+    return load_base_pair(student, student, name=settings.base, dtype=dtype, device=device)
+
+
+def _pocket_student() -> Path:
+    from model.pocket import pocket_paths
+
+    return Path(pocket_paths().student)
+
+
+class PainterReplica:
+    """Ray Serve deployment around `serve.painter.Painter`: loads the base, and batches pictures."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        pair = load_base(settings)
+        self._health_seconds = settings.health_seconds
+        self._engine = Engine(pair, keys_values_bytes=settings.keys_values_bytes)
+        self._engine.prove()
+        registry = Registry(settings.tracking_uri)
+        store = AdapterStore(
+            registry,
+            settings.cache,
+            base_hash=pair.hash,
+            memory_bytes=settings.adapter_bytes,
+            check=self._engine.check,
+        )
+        pointers = Pointers(
+            registry,
+            alias_seconds=settings.alias_seconds,
+            registry_seconds=settings.registry_seconds,
+        )
+        with contextlib.suppress(ServiceError):  # it may come later; the base draws without it
+            pointers.concepts()
+        self._painter = Painter(self._engine, store, pointers, self._queue)
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
+        self._batched.set_max_batch_size(settings.max_batch)
+        self._batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
+
+    async def paint(self, order: Order) -> Painted | ApiError:
+        """The pictures of an order, or why there are none."""
+        return await self._painter.paint(order)
+
+    async def models(self) -> list[ModelCard] | ApiError:
+        """What can be asked for."""
+        return await self._painter.models()
+
+    async def health(self) -> dict[str, Any]:
+        """Facts for `/healthz`; raises when this replica cannot draw."""
+        return await self._painter.health(self._health_seconds)
+
+    async def check_health(self) -> None:
+        """Ray Serve calls this and replaces a replica for which it raises."""
+        await self._painter.health(self._health_seconds)
+
+    async def _queue(self, request: PictureRequest) -> Drawn:
+        return await self._batched((request, time.perf_counter()))
+
+    @ray_serve.batch
+    async def _batched(self, queued: list[tuple[PictureRequest, float]]) -> list[Drawn]:
+        start = time.perf_counter()
+        requests = [request for request, _ in queued]
+        loop = asyncio.get_running_loop()
+        pictures = await loop.run_in_executor(self._drawing, self._engine.draw, requests)
+        spent = time.perf_counter() - start
+        return [
+            Drawn(picture, start - since, spent, len(requests))
+            for picture, (_, since) in zip(pictures, queued, strict=True)
+        ]
