@@ -105,8 +105,8 @@ class Backbone:
         """Resize the shorter side, crop the centre and normalise: [R, 3, side, side] float32."""
         x = (images.float().contiguous() + 1) / 2
         height, width = x.shape[-2:]
-        scale = self.side / min(height, width)
-        size = [max(self.side, round(height * scale)), max(self.side, round(width * scale))]
+        shorter = min(height, width)
+        size = [self.side * length // shorter for length in (height, width)]
         if size != [height, width]:
             smooth = self.mode != "nearest"
             x = F.interpolate(x, size=size, mode=self.mode, antialias=smooth)
