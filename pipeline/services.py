@@ -47,17 +47,17 @@ def local_ray(cpus: int, *, echo: bool = False) -> Iterator[None]:
     machine has fewer: two workers on one core are slow, and right. Raises ServiceError when the
     cluster is out of reach.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    # A local Ray turns token authentication on and leaves a token in the home folder, after which
+    # Ray's other tools fail: say what we want instead, before Ray is imported and reads it.
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    # Since 2.5x a local Ray turns token authentication on and writes a token to the home folder,
-    # after which Ray's other tools fail: say what we want instead.
-    if not address and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folder = None
     try:
         if address:

@@ -88,7 +88,8 @@ def _settings(
     if base is not None and base != POCKET:
         from pipeline.base import own_base
 
-        given |= own_base(base)
+        own = own_base(base)
+        given |= {"base": own["base"], "student": own["student"]}
     if "ECHODISTILL_SERVE_ACCESS_LOG" not in os.environ:
         ACCESS_LOG.parent.mkdir(parents=True, exist_ok=True)
         given["access_log"] = ACCESS_LOG

@@ -1,0 +1,121 @@
+"""Measuring a registered version and letting it take the champion's place."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from components.evaluate.evaluate import (
+    FeatureModels,
+    evaluate_adapter,
+    load_feature_models,
+    record_metrics,
+)
+from components.ingest.concept_folder import Concept
+from components.ingest.store import resolve_model
+from components.promote.promote import Decision, promote
+from components.register.registry import (
+    CHAMPION,
+    RegisteredVersion,
+    fetch_adapter,
+    get_version,
+)
+from components.spec import RunSpec
+from model.base_pair import BasePair, load_base_pair
+from pipeline.progress import Event, Progress
+
+MEASURED = "clip_i"  # a version that has this figure was evaluated
+
+
+class Assessor:
+    """Evaluates and promotes versions of one base; its models are loaded once, when needed."""
+
+    def __init__(self, spec: RunSpec, registry: str, progress: Progress) -> None:
+        self._spec = spec
+        self._registry = registry
+        self._progress = progress
+
+    def assess(
+        self, version: RegisteredVersion, concept: Concept, adapter_dir: Path | None = None
+    ) -> tuple[RegisteredVersion, Decision]:
+        """Measure a version, record the figures and put it to the gate.
+
+        Without `adapter_dir` the adapter comes from the registry.
+        """
+        settings = self._spec.evaluate
+        self._progress(
+            Event(
+                "evaluate",
+                concept.id,
+                f"version {version.version}: {settings.prompts} prompts, {settings.seeds} seeds",
+            )
+        )
+        with tempfile.TemporaryDirectory(prefix="echodistill-evaluate-") as scratch:
+            if adapter_dir is None:
+                adapter_dir = fetch_adapter(version, Path(scratch), tracking_uri=self._registry)
+            found = evaluate_adapter(
+                adapter_dir,
+                concept,
+                pair=self._pair,
+                models=self._models,
+                prompts=settings.prompts,
+                seeds=settings.seeds,
+                out=Path(scratch) / "grids",
+            )
+            version = record_metrics(version, found, tracking_uri=self._registry)
+        return version, self._promote(version, concept)
+
+    def finish(
+        self, version: RegisteredVersion, concept: Concept
+    ) -> tuple[RegisteredVersion, Decision]:
+        """Do what an interrupted run left undone: evaluation, or the first champion."""
+        if MEASURED not in version.metrics:
+            return self.assess(version, concept)
+        champion = get_version(concept.id, CHAMPION, tracking_uri=self._registry)
+        if champion is None:
+            return version, self._promote(version, concept)
+        reigns = champion.version == version.version
+        return version, Decision(reigns, (f"version {champion.version} is the champion",))
+
+    def _promote(self, version: RegisteredVersion, concept: Concept) -> Decision:
+        decision = promote(
+            concept.id, version.version, self._spec.gate, tracking_uri=self._registry
+        )
+        stays = "is the champion" if decision.promoted else "stays a candidate"
+        reasons = "; ".join(decision.reasons)
+        self._progress(
+            Event("promote", concept.id, f"version {version.version} {stays}: {reasons}")
+        )
+        return decision
+
+    @cached_property
+    def _pair(self) -> BasePair:
+        base = self._spec.base
+        # Pictures are the student's alone, so it stands in for the teacher, which may be large.
+        student = resolve_model(base.student)
+        return load_base_pair(
+            student,
+            student,
+            name=base.name,
+            device=self._device,
+            resolution=self._spec.resolution,
+        )
+
+    @cached_property
+    def _models(self) -> FeatureModels:
+        base = self._spec.base
+        return load_feature_models(
+            resolve_model(base.metric_clip),
+            resolve_model(base.metric_dino),
+            clip_name=base.metric_clip,
+            dino_name=base.metric_dino,
+            device=self._device,
+        )
+
+    @property
+    def _device(self) -> str:
+        wanted = self._spec.train.device
+        return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
