@@ -77,7 +77,8 @@ def _directory(part: str, config: dict[str, Any], base: dict[str, Any]) -> Path:
     if named:
         return Path(named)
     recorded = str(base.get(part) or "")
-    if recorded.startswith(f"{POCKET}:") or (base["name"] == POCKET and not recorded):
+    # The place that the pocket pair was unpacked to is a matter of each machine.
+    if recorded.startswith(f"{POCKET}:") or base["name"] == POCKET:
         from model.pocket import pocket_paths
 
         return Path(getattr(pocket_paths(), part))
