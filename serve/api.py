@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CONCEPT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 ALIAS_OR_VERSION = re.compile(r"[A-Za-z0-9_-]{1,63}")
@@ -85,6 +85,14 @@ class ImageRequest(BaseModel):
     user: Annotated[str, Field(max_length=256)] | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
     num_inference_steps: Literal[1, 2, 4] | None = None
+
+    @field_validator("num_inference_steps", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any) -> Any:
+        # True and 1.0 equal 1, so a literal takes them.
+        if value is not None and type(value) is not int:
+            raise ValueError("it must be 1, 2 or 4")
+        return value
 
 
 class ImageDatum(BaseModel):
@@ -204,6 +212,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if param == "response_format":
         reason = "Only 'b64_json' is offered: pictures are in the answer, never behind a link"
     else:
-        reason = str(first["msg"])
+        reason = str(first["msg"]).removeprefix("Value error, ")
     message = f"Invalid value for '{param}': {reason}."
     return ApiError(400, message, code="invalid_value", param=param)

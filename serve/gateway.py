@@ -34,7 +34,7 @@ from serve.api import (
     validation_error,
 )
 from serve.auth import ApiKeys
-from serve.guard import App, Guard, error_response
+from serve.guard import App, Guard, error_response, our_fault
 from serve.metrics import CONTENT_TYPE_LATEST, Metrics
 from serve.orders import Order, Painted, PainterClient
 from serve.settings import ServeSettings
@@ -108,6 +108,11 @@ def _add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _wrong_body(_: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(validation_error(error.errors()))
+
+    @app.exception_handler(Exception)
+    async def _our_fault(request: Request, _: Exception) -> JSONResponse:
+        # Starlette raises it once more after this answer; the guard puts it in the log.
+        return error_response(our_fault(request.state.facts["request_id"]))
 
     @app.exception_handler(HTTPException)
     async def _wrong_route(request: Request, error: HTTPException) -> JSONResponse:

@@ -38,6 +38,11 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers())
 
 
+def our_fault(request_id: str) -> ApiError:
+    """What a client is told of an error of ours: where to find it in the log."""
+    return server_error(f"Something went wrong here (request {request_id}).")
+
+
 class Guard:
     """ASGI middleware.
 
@@ -95,8 +100,7 @@ class Guard:
         except Exception:
             log.exception("request %s failed", request_id)
             if status == 0:
-                answer = server_error(f"Something went wrong here (request {request_id}).")
-                await error_response(answer)(scope, receive, send_marked)
+                await error_response(our_fault(request_id))(scope, receive, send_marked)
         finally:
             # Without a status the client went away before there was an answer (499, as nginx).
             self._record(scope, facts, status or 499, time.perf_counter() - start)

@@ -262,7 +262,9 @@ def test_what_is_known_stands_while_the_registry_is_away(shelf: Shelf, door: Doo
     while pointers.registry_away:
         pinned(pointers, "dog")
     assert pinned(pointers, "dog").version == second
-    assert [item.champion for item in Pointers(door, alias_seconds=1, registry_seconds=1).concepts()]
+    assert [
+        item.champion for item in Pointers(door, alias_seconds=1, registry_seconds=1).concepts()
+    ]
 
 
 def test_slow_registry_holds_nobody_who_has_an_answer(shelf: Shelf, door: Door) -> None:
