@@ -166,14 +166,14 @@ def student_loss(
     The heads must be frozen (`requires_grad_(False)`) while this is computed and stepped.
     A loss of weight 0 is not computed. Each backbone sees `x_S` once.
     """
-    features = _PerBackbone(drawn.images)
+    features, wanted = _PerBackbone(drawn.images), _PerBackbone(target.images)
     rows: dict[str, torch.Tensor] = {}
     if settings.mse_weight:
         rows["mse"] = losses.alignment_mse(drawn.latents, target.latents, target.weight)
     if settings.id_weight:
-        rows["id"] = _identity_loss(frozen, features, target, settings)
+        rows["id"] = _identity_loss(frozen, features, wanted, target, settings)
     if settings.perc_weight:
-        rows["perc"] = _perceptual_loss(frozen, features, target, batch)
+        rows["perc"] = _perceptual_loss(frozen, features, wanted, target, batch)
     fake_features: list[torch.Tensor] = []
     if settings.adv_weight:
         fakes = [features(backbone).pooled for backbone in frozen.backbones]
@@ -214,29 +214,28 @@ class _PerBackbone:
 
 
 def _identity_loss(
-    frozen: Frozen, features: _PerBackbone, target: Target, settings: LossSettings
+    frozen: Frozen,
+    mine: _PerBackbone,
+    theirs: _PerBackbone,
+    target: Target,
+    settings: LossSettings,
 ) -> torch.Tensor:
     if settings.masked_id:
-        mine = frozen.identity(features.images * target.subject)
-    else:
-        mine = features(frozen.identity)
-    with torch.no_grad():
-        shown = target.images * target.subject if settings.masked_id else target.images
-        theirs = frozen.identity(shown)
-    g_s, g_t = (identity_features(each, frozen.projection) for each in (mine, theirs))
+        mine, theirs = (_PerBackbone(each.images * target.subject) for each in (mine, theirs))
+    g_s, g_t = (
+        identity_features(each(frozen.identity), frozen.projection) for each in (mine, theirs)
+    )
     return losses.identity(g_s, g_t, target.weight)
 
 
 def _perceptual_loss(
-    frozen: Frozen, features: _PerBackbone, target: Target, batch: Batch
+    frozen: Frozen, mine: _PerBackbone, theirs: _PerBackbone, target: Target, batch: Batch
 ) -> torch.Tensor:
     if batch.directions is not None:
-        distance = losses.ms_swd(features.images, target.images, batch.directions)
+        distance = losses.ms_swd(mine.images, theirs.images, batch.directions)
         return losses.SWD_FACTOR * target.weight * distance
     backbone = frozen.backbones[0]
-    with torch.no_grad():
-        theirs = backbone(target.images).layers
-    return target.weight * losses.lpips(features(backbone).layers, theirs)
+    return target.weight * losses.lpips(mine(backbone).layers, theirs(backbone).layers)
 
 
 def _subject(guidance: torch.Tensor, size: int) -> torch.Tensor:

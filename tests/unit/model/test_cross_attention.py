@@ -45,7 +45,9 @@ def test_adapted_rows_equal_plain_unets_with_their_weights(
         row = slice(r, r + 1)
         expected = plain(z[row], t[row], encoder_hidden_states=text[row]).sample
         assert torch.allclose(mixed[row], expected, atol=1e-5)
-    base = pair.denoise(pair.teacher, z, t, keys_values(text, pair.teacher_kv[None], torch.zeros(4)))
+    base = pair.denoise(
+        pair.teacher, z, t, keys_values(text, pair.teacher_kv[None], torch.zeros(4))
+    )
     assert (mixed - base).abs().max() > 1e-2  # the adapter changes the answer at all
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from model import losses
 from model.packing import block_size, concept_rows, grouped_linear, per_concept_mean
+from tests.unit.model.references import hand_lab, hand_swd
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -97,20 +97,6 @@ def test_lpips_by_hand() -> None:
         assert float(result[r]) == pytest.approx(total, rel=1e-5)
 
 
-def hand_lab(rgb: tuple[float, float, float]) -> tuple[float, float, float]:
-    """CIELAB of one sRGB colour in 0..1, from the standard's definition."""
-    r, g, b = ((v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for v in rgb)
-    x = 0.4124564 * r + 0.3575761 * g + 0.1804375 * b
-    y = 0.2126729 * r + 0.7151522 * g + 0.0721750 * b
-    z = 0.0193339 * r + 0.1191920 * g + 0.9503041 * b
-
-    def f(t: float) -> float:
-        return t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29
-
-    fx, fy, fz = f(x / 0.950470), f(y), f(z / 1.0888300)
-    return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
-
-
 def test_cielab_by_hand_and_known_colours() -> None:
     known = {(1.0, 0.0, 0.0): (53.24, 80.09, 67.20), (0.0, 0.0, 1.0): (32.30, 79.19, -107.86)}
     colours = [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.2, 0.7, 0.03)]
@@ -126,49 +112,6 @@ def test_cielab_gradient_is_finite_at_black_and_outside_the_range() -> None:
     image = torch.tensor([-1.0, -1.5, 1.5]).view(1, 3, 1, 1).repeat(1, 1, 2, 2).requires_grad_()
     losses.cielab(image).sum().backward()
     assert image.grad is not None and torch.isfinite(image.grad).all()
-
-
-def hand_swd(x: np.ndarray, y: np.ndarray, directions: np.ndarray) -> float:
-    """MS-SWD of two pictures [3, S, S] in float64: loops over scales, directions and patches."""
-
-    def lab(picture: np.ndarray) -> np.ndarray:
-        side = picture.shape[1]
-        out = np.zeros((3, side, side))
-        for i in range(side):
-            for j in range(side):
-                out[:, i, j] = hand_lab(tuple((picture[:, i, j] + 1) / 2))
-        return out
-
-    def halve(picture: np.ndarray) -> np.ndarray:
-        taps = np.array([1, 4, 6, 4, 1]) / 16
-        padded = np.pad(picture, ((0, 0), (2, 2), (2, 2)), mode="reflect")
-        side = (picture.shape[1] + 1) // 2
-        out = np.zeros((3, side, side))
-        for i in range(side):
-            for j in range(side):
-                patch = padded[:, 2 * i : 2 * i + 5, 2 * j : 2 * j + 5]
-                out[:, i, j] = np.einsum("cij,i,j->c", patch, taps, taps)
-        return out
-
-    a, b = lab(x), lab(y)
-    k = directions.shape[-1]
-    scales = []
-    while a.shape[1] >= k and len(scales) < 5:
-        places = range(a.shape[1] - k + 1)
-        total = 0.0
-        for direction in directions:
-            pa, pb = (
-                sorted(
-                    float((image[:, i : i + k, j : j + k] * direction).sum())
-                    for i in places
-                    for j in places
-                )
-                for image in (a, b)
-            )
-            total += sum(abs(p - q) for p, q in zip(pa, pb, strict=True)) / len(pa)
-        scales.append(total / len(directions))
-        a, b = halve(a), halve(b)
-    return sum(scales) / len(scales)
 
 
 def test_ms_swd_by_hand_for_two_concepts() -> None:
@@ -190,7 +133,7 @@ def test_ms_swd_has_five_scales_when_they_fit_and_is_zero_on_equals() -> None:
     stripes[..., ::2] = 0.5
     assert float(losses.ms_swd(flat, flat, directions)) == 0
     assert float(losses.ms_swd(stripes, flat, directions)) > 0
-    # Stripes of one pixel live on the first scale only, a shift of colour on all five: 176 / 16 = 11
+    # A shift of colour is the same on every scale, and 176 px have all five: 176 / 16 = 11.
     shifted = losses.ms_swd(flat + 0.2, flat, directions)
     one_scale = losses.ms_swd((flat + 0.2)[..., :20, :20], flat[..., :20, :20], directions)
     assert float(shifted) == pytest.approx(float(one_scale), rel=1e-4)

@@ -132,9 +132,7 @@ def test_a_picture_does_not_depend_on_its_batch(pair: BasePair, adapters: list[A
     assert together.shape == (4, 3, 32, 32) and together.dtype == torch.uint8
 
 
-def test_a_token_means_nothing_without_its_adapter(
-    pair: BasePair, adapters: list[Adapter]
-) -> None:
+def test_a_token_means_nothing_without_its_adapter(pair: BasePair, adapters: list[Adapter]) -> None:
     """Another concept's token string is ordinary text, never that concept's row."""
     first, second = adapters
     kv = student_keys_values(pair, [second, second], ["a <new1> dog", "a <other> dog"])

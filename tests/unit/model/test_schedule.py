@@ -10,24 +10,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from model.errors import InputError
 from model.schedule import NoiseSchedule
+from tests.unit.model.references import hand_abar
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DDIM = {"_class_name": "DDIMScheduler", **SD}
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", **SD}
-
-
-def hand_abar(kind: str, start: float, end: float) -> list[float]:
-    """abar_t by the definition, in Python floats."""
-    product, out = 1.0, []
-    for t in range(1000):
-        part = t / 999
-        if kind == "linear":
-            beta = start + (end - start) * part
-        else:
-            beta = (math.sqrt(start) + (math.sqrt(end) - math.sqrt(start)) * part) ** 2
-        product *= 1 - beta
-        out.append(product)
-    return out
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
@@ -40,7 +27,10 @@ def test_abar_is_the_cumulative_product(kind: str) -> None:
 
 
 def test_abar_agrees_with_diffusers_also_with_zero_terminal_snr() -> None:
-    for config in (DDIM, {**DDIM, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):
+    for config in (
+        DDIM,
+        {**DDIM, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ):
         theirs = DDIMScheduler.from_config(config).alphas_cumprod
         assert torch.allclose(NoiseSchedule.from_config(config).abar, theirs, rtol=2e-4, atol=1e-7)
     snr = {**EULER, "rescale_betas_zero_snr": True}
@@ -65,7 +55,9 @@ def test_forward_process_and_targets_by_hand(prediction: str) -> None:
     # the right prediction gives back what went in
     assert torch.allclose(schedule.x0(target, z_t, t), z0, atol=2e-5)
     assert torch.allclose(schedule.eps(target, z_t, t), eps, atol=2e-5)
-    assert schedule.weight(t).tolist() == pytest.approx([abar[step] for step in t.tolist()], rel=1e-5)
+    assert schedule.weight(t).tolist() == pytest.approx(
+        [abar[step] for step in t.tolist()], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 25, 50])
