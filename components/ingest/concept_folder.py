@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_IMAGES = 64
 MAX_IMAGE_BYTES = 256 << 20
 _FOLDER_DEPTH = 2  # <id>/<image>, and one level more to see images that lie too deep
-_CHECK_WORKERS = 4  # each may hold one decoded image of 50 megapixels
+_CONCEPTS_AT_ONCE, _IMAGES_AT_ONCE = 8, 4
+_decoding = threading.BoundedSemaphore(4)  # a decoded image of 50 megapixels is 150 MB
 _NOT_CONCEPTS = {"__MACOSX"}
 
 log = logging.getLogger(__name__)
@@ -129,7 +131,16 @@ def check_prefix(uri: str, *, cache: Path | None = None) -> list[CheckedConcept]
     ids = sorted(folders.keys() | facts.listed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused here anyway
-        return [_check_concept(name, folders.get(name, []), facts, cache) for name in ids]
+        with ThreadPoolExecutor(_CONCEPTS_AT_ONCE) as pool:
+            checks = [
+                pool.submit(_check_concept, name, folders.get(name, []), facts, cache)
+                for name in ids
+            ]
+            try:
+                return [check.result() for check in checks]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _hidden(name: str) -> bool:
@@ -269,7 +280,8 @@ def _check_images(
             if entry.refusal:
                 return f"{entry.name}: {entry.refusal}"
             path = store.fetch(entry, cache)
-            found = pictures.check(path.read_bytes(), entry.name)
+            with _decoding:
+                found = pictures.check(path.read_bytes(), entry.name)
         except InputError as error:
             return f"{entry.name}: {error}"
         except OSError as error:
@@ -286,7 +298,7 @@ def _check_images(
             captions.get(entry.name),
         )
 
-    with ThreadPoolExecutor(_CHECK_WORKERS) as pool:
+    with ThreadPoolExecutor(_IMAGES_AT_ONCE) as pool:
         results = list(pool.map(check, photos))
     problems += [result for result in results if isinstance(result, str)]
     return [result for result in results if isinstance(result, ReferenceImage)]

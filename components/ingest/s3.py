@@ -21,7 +21,7 @@ from components.ingest.cache import disk_error
 from model.errors import InputError, ServiceError
 
 CONNECT_SECONDS = 5
-READ_SECONDS = 60
+READ_SECONDS = 30
 REQUEST_ATTEMPTS = 4  # boto's, with exponential backoff, for errors before a body
 BODY_ATTEMPTS = 4  # ours, for bodies that break off or arrive changed
 SHA256_METADATA = "sha256"
@@ -94,8 +94,11 @@ def _client(_pid: int, _endpoint: str, _settings: tuple[str | None, ...]) -> Any
     }
     try:
         session: Any = boto3.session.Session()
-        if endpoint():  # servers of one's own have no host name per bucket
+        if endpoint():  # servers of one's own have no host name per bucket,
             config["s3"] = {"addressing_style": "path"}
+            # and many refuse the checksums that boto adds to requests since 2025.
+            if "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
+                config["request_checksum_calculation"] = "when_required"
         return session.client("s3", config=Config(**config))
     except (BotoCoreError, ValueError) as error:
         raise InputError(f"the S3 settings don't work: {_first_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def judge(
     if champion.version == candidate.version:
         return Decision(True, (f"version {before} is the champion already",), before)
     figures = candidate.metrics
-    missing = [name for name in _COMPARED if name not in figures]
+    missing = [name for name in _COMPARED if not math.isfinite(figures.get(name, math.nan))]
     if missing:
         reason = f"version {candidate.version} has no {missing[0]}: evaluate it first"
         return Decision(False, (reason,), before)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,48 @@ def test_what_is_wrong_with_s3_is_said_in_one_sentence(
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
         patch.setattr(s3, "REQUEST_ATTEMPTS", 2)
         assert "is out of reach" in said(s3_bucket.uri, ServiceError)
+
+
+ANSWERS = {
+    "AccessDenied": (403, InputError, "S3 refused the credentials (AccessDenied): check AWS_"),
+    "InvalidAccessKeyId": (403, InputError, "S3 refused the credentials (InvalidAccessKeyId)"),
+    "SignatureDoesNotMatch": (403, InputError, "S3 refused the credentials"),
+    "SlowDown": (503, ServiceError, "S3 keeps answering SlowDown: try later"),
+    "InternalError": (500, ServiceError, "S3 keeps answering InternalError: try later"),
+    "InvalidBucketName": (400, InputError, "S3 answered InvalidBucketName"),
+}
+
+
+@pytest.mark.parametrize("code", ANSWERS)
+def test_what_a_server_answers_is_said_in_one_sentence(
+    code: str, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status, kind, expected = ANSWERS[code]
+
+    class Refusing(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(s3, "REQUEST_ATTEMPTS", 2)
+    try:
+        with pytest.raises(kind) as caught:
+            check_prefix("s3://bucket/prefix", cache=tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_uploads_to_a_wrong_bucket_and_to_disk(s3_bucket: S3Bucket, tmp_path: Path) -> None:

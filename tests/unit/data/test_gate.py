@@ -53,6 +53,7 @@ def test_an_equal_or_better_version_passes() -> None:
             "identity is no nearer to the references than the class noun's (-0.050)",
         ),
         (version(2, models="clip B"), GateSpec(), "were measured differently (clip B and clip A)"),
+        (version(2, dino=float("nan")), GateSpec(), "version 2 has no dino: evaluate it first"),
         (bare(2), GateSpec(), "version 2 has no clip_i: evaluate it first"),
     ],
 )
