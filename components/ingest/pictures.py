@@ -46,24 +46,17 @@ def check(data: bytes, name: str) -> CheckedPicture | str:
         return "is empty: upload it again"
     expected = _FORMATS[PurePosixPath(name).suffix.lower()]
     try:
-        picture = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
+        with Image.open(io.BytesIO(data)) as picture:
+            refusal = _refuse(picture, expected)
+            if refusal:
+                return refusal
+            width, height = _upright_rgb(picture).size
+    except (Image.DecompressionBombError, MemoryError):
         return _TOO_LARGE
     except UnidentifiedImageError:
         return f"is not a {expected} image: replace it by a real photo"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        return f"is damaged or cut off ({error}): replace it"
-    with picture:
-        refusal = _refuse(picture, expected)
-        if refusal:
-            return refusal
-        try:
-            picture.load()
-            width, height = ImageOps.exif_transpose(picture).size
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-            return f"is damaged or cut off ({error}): upload it again"
-        except (Image.DecompressionBombError, MemoryError):
-            return _TOO_LARGE
+    except Exception as error:  # decoders raise errors of any kind on damaged bytes
+        return f"is damaged or cut off ({error or type(error).__name__}): upload it again"
     return CheckedPicture(hashlib.sha256(data).hexdigest(), width, height)
 
 
@@ -93,15 +86,21 @@ def decode(data: bytes, shorter_side: int | None = None) -> Image.Image:
     pixels.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        picture = ImageOps.exif_transpose(opened)
-    if picture.has_transparency_data:
-        over = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    elif picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
-    picture = picture.convert("RGB")
+        picture = _upright_rgb(opened)
     if shorter_side is not None and min(picture.size) > shorter_side:
         scale = shorter_side / min(picture.size)
         width, height = (max(shorter_side, round(side * scale)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return picture
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    """Decode an opened picture, turn it as its EXIF orientation says, make it RGB."""
+    opened.load()
+    picture = ImageOps.exif_transpose(opened)
+    if picture.has_transparency_data:
+        over = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    return picture.convert("RGB")

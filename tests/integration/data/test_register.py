@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from components.ingest.concept_folder import Concept
+from components.register.connection import DEFAULT_EXPERIMENT
 from components.register.registry import (
     CANDIDATE,
     RegisteredVersion,
@@ -32,6 +33,7 @@ from model.adapter import load_adapter
 from model.base_pair import BasePair
 from model.errors import InputError, ServiceError
 from model.sampler import draw
+from tests.conftest import S3Bucket
 from tests.integration.data.conftest import MakeAdapter
 from tests.tiny import TinyPaths
 
@@ -196,6 +198,24 @@ def test_an_adapter_that_changed_in_the_store_is_refused(
     assert not (tmp_path / "down" / "adapter").exists()
     with pytest.raises(InputError, match="not the expected"):
         mlflow.pyfunc.load_model("models:/echodistill.tiny-dog@candidate")
+
+
+def test_artifacts_may_lie_on_s3(
+    tracking_uri: str,
+    make_adapter: MakeAdapter,
+    concept: Concept,
+    s3_bucket: S3Bucket,
+    tmp_path: Path,
+) -> None:
+    client = mlflow.MlflowClient(tracking_uri, tracking_uri)
+    client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=f"{s3_bucket.uri}/mlflow")
+    made = register_adapter(make_adapter(), concept, tracking_uri=tracking_uri)
+    keys = [
+        item["Key"] for item in s3_bucket.client.list_objects_v2(Bucket=s3_bucket.name)["Contents"]
+    ]
+    assert any(key.endswith("artifacts/adapter/adapter.safetensors") for key in keys)
+    fetched = fetch_adapter(made, tmp_path / "down", tracking_uri=tracking_uri)
+    assert load_adapter(fetched).sha256 == made.sha256
 
 
 def test_metrics_become_tags_and_figures_of_the_run(
