@@ -243,10 +243,10 @@ def _mask(size: int, factor: int, top: int, left: int, scale: int) -> torch.Tens
 
 
 def _insert(prompt: str, words: str) -> str:
-    """Insert words after the first word; an article is not written twice."""
+    """Insert words after the first word; after an article they bring none of their own."""
     first, _, rest = prompt.partition(" ")
-    if words.partition(" ")[0] == first.lower():
-        words = words.partition(" ")[2]
+    if first.lower() in ("a", "an", "the"):
+        words = words.removeprefix("a ")
     return f"{first} {words} {rest}".rstrip()
 
 

@@ -31,7 +31,11 @@ SIDE = 32
 FACTOR = 4
 LENGTH = 16
 D_TEXT = 32
-_WORDS = ("photo", "dog", "cat", "robot", "red", "the", "small", "beach", "of", "on", "in")
+_WORDS = (
+    *("photo", "dog", "cat", "robot", "red", "the", "small", "beach", "of", "on", "in", "my"),
+    *("rendering", "rendition", "cropped", "clean", "dirty", "dark", "cool", "bright", "good"),
+    *("one", "nice", "weird", "large", "zoomed", "close", "up", "far", "away", "very"),
+)
 
 
 @dataclass(frozen=True)
