@@ -192,7 +192,6 @@ def load_part(kind: Any, folder: Path, **more: Any) -> Any:
     options: dict[str, Any] = {
         "torch_dtype" if issubclass(kind, ModelMixin) else "dtype": torch.float32,
         "use_safetensors": True,
-        "local_files_only": True,
         "output_loading_info": True,
         **more,
     }
@@ -200,7 +199,7 @@ def load_part(kind: Any, folder: Path, **more: Any) -> Any:
         options["variant"] = "fp16"
     try:
         with _quiet():
-            network, found = kind.from_pretrained(str(folder), **options)
+            network, found = kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{folder} cannot be loaded ({_first_line(error)}); give whole safetensors weights."
