@@ -169,13 +169,28 @@ def list_objects(bucket: str, prefix: str) -> Iterator[FoundObject]:
                 yield FoundObject(item["Key"], item["Size"], item.get("ETag", "").strip('"'))
 
 
+def find(bucket: str, key: str) -> FoundObject | None:
+    """Return one object's facts, or None when it (or its bucket) is not there."""
+    from botocore.exceptions import ClientError
+
+    with _plain_errors(f"s3://{bucket}/{key}"):
+        try:
+            answer = client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
+                return None
+            raise
+        return FoundObject(key, answer["ContentLength"], answer.get("ETag", "").strip('"'))
+
+
 def has_any(bucket: str, key: str) -> bool:
     """Return whether there is an object ``key`` or any object below ``key/``."""
+    if key and find(bucket, key) is not None:
+        return True
+    prefix = f"{key.rstrip('/')}/" if key else ""
     with _plain_errors(f"s3://{bucket}/{key}"):
-        answer = client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1000)
-        keys = [item["Key"] for item in answer.get("Contents", [])]
-        below = f"{key.rstrip('/')}/"
-        return any(not key or name == key or name.startswith(below) for name in keys)
+        answer = client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return bool(answer.get("Contents"))
 
 
 def download(bucket: str, key: str, target: Path, *, size: int, etag: str | None) -> str:

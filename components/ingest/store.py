@@ -171,7 +171,7 @@ def find(uri: str) -> Entry | None:
     """Return the entry of one file, or None when it is not there."""
     if is_s3(uri):
         bucket, key = s3.parse(uri)
-        found = next((item for item in s3.list_objects(bucket, key) if item.key == key), None)
+        found = s3.find(bucket, key)
         return Entry(key.rpartition("/")[2], uri, found.size, found.etag) if found else None
     path = local_path(uri)
     return _local_entry(_resolved(path.parent), path, path.name) if path.is_file() else None

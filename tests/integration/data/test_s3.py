@@ -64,6 +64,7 @@ def test_a_prefix_ends_at_its_slash(s3_bucket: S3Bucket) -> None:
     assert [e.name for e in store.list_folder(f"{s3_bucket.uri}/dog")] == ["a"]
     assert [e.name for e in store.list_folder(s3_bucket.uri)] == ["dog/a", "dog2/b"]
     assert store.exists(f"{s3_bucket.uri}/dog") and store.exists(f"{s3_bucket.uri}/dog/a")
+    assert store.exists(f"{s3_bucket.uri}/dog/") and store.exists(s3_bucket.uri)
     assert not store.exists(f"{s3_bucket.uri}/do") and not store.exists(f"{s3_bucket.uri}/dog/b")
 
 
