@@ -7,16 +7,12 @@ import logging
 import os
 import re
 import secrets
-import signal
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 
 from model.errors import InputError, ServiceError
 from serve.auth import ApiKeys, read_keys
@@ -59,6 +55,7 @@ def start(settings: ServeSettings) -> Endpoint:
     keys = read_keys(settings)
     port = free_port(settings.host, settings.port)
     owns_ray = _start_ray(settings.ray_address)
+    _refuse_second()
     endpoint = Endpoint(f"http://{_reachable(settings.host)}:{port}", owns_ray)
     try:
         _deploy(settings, keys, port)
@@ -67,33 +64,6 @@ def start(settings: ServeSettings) -> Endpoint:
         endpoint.stop()
         raise
     return endpoint
-
-
-def serve_blocking(settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
-    """Serves until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt), then stops everything.
-
-    `on_ready` is called once with the endpoint's URL. Errors as of `start`. Main thread only.
-    """
-    stop = threading.Event()
-
-    def on_terminate(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    output = sys.stdout
-    # Whatever Ray has to say goes to standard error: a program reads standard output.
-    with contextlib.redirect_stdout(sys.stderr):
-        endpoint = start(settings)
-        try:
-            # Ray has put its own handlers in place by now; they would end the process half-way.
-            before = signal.signal(signal.SIGTERM, on_terminate)
-            try:
-                with contextlib.redirect_stdout(output):
-                    on_ready(endpoint.url)
-                stop.wait()
-            finally:
-                signal.signal(signal.SIGTERM, before)
-        finally:
-            endpoint.stop()
 
 
 def free_port(host: str, port: int) -> int:
@@ -141,6 +111,20 @@ def _start_ray(address: str) -> bool:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ServiceError(f"Ray ({address}) cannot be reached or started: {reason}.") from error
     return True
+
+
+def _refuse_second() -> None:
+    """Raises ServiceError when Serve runs here already: its port and host could not be changed."""
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise ServiceError(
+        "Ray Serve already runs on this Ray cluster: stop it first, or deploy the endpoint there "
+        "with 'serve.app:build_app'."
+    )
 
 
 def _choose_authentication() -> None:

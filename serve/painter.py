@@ -120,6 +120,10 @@ class Painter:
             "base_hash": self._engine.pair.hash,
             "registry": "away" if self._pointers.registry_away else "ok",
             "drew_seconds_ago": round(age, 3),
+            "keys_values": {
+                "hits": self._engine.keys_values_hits,
+                "misses": self._engine.keys_values_misses,
+            },
         }
 
     async def _paint(self, order: Order) -> Painted:

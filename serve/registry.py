@@ -15,6 +15,7 @@ from model.errors import EchoDistillError, ServiceError
 
 MODEL_PREFIX = "echodistill."
 ADAPTER_ARTIFACT = "artifacts/adapter"
+_LONGEST_VERSION = 9  # digits; what is longer overflows the registry's column
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # MLflow's own defaults keep a request to a dead server busy for many minutes.
@@ -57,7 +58,7 @@ class Registry:
         Raises ServiceError when the registry is out of reach, BadVersionError for a version that
         lacks the tags by which it can be verified.
         """
-        if self._empty():
+        if self._empty() or (pointer.isdecimal() and len(pointer) > _LONGEST_VERSION):
             return None
         name = MODEL_PREFIX + concept
         with self._reaching():
@@ -114,8 +115,9 @@ class Registry:
     def _empty(self) -> bool:
         # Asking would create the database file, and the endpoint only reads.
         prefix = "sqlite:///"
-        uri = self.tracking_uri
-        return uri.startswith(prefix) and not Path(uri.removeprefix(prefix)).exists()
+        if self._client is not None or not self.tracking_uri.startswith(prefix):
+            return False
+        return not Path(self.tracking_uri.removeprefix(prefix)).exists()
 
     def _connection(self) -> Any:
         if self._client is None:

@@ -53,7 +53,6 @@ class AdapterStore:
         memory_bytes: int,
         check: Callable[[Adapter], None],
     ) -> None:
-        self.loads = {"memory": 0, "disk": 0, "registry": 0}
         self._source = source
         self._folder = cache / "adapters"
         self._base_hash = base_hash
@@ -65,10 +64,7 @@ class AdapterStore:
     def warm(self, pinned: Pinned) -> Adapter | None:
         """The adapter if it is in memory."""
         with self._lock:
-            adapter = self._memory.get((pinned.concept, pinned.sha256))
-            if adapter is not None:
-                self.loads["memory"] += 1
-            return adapter
+            return self._memory.get((pinned.concept, pinned.sha256))
 
     def adapter(self, pinned: Pinned) -> tuple[Adapter, str]:
         """The adapter of a version, and where it was: memory, disk or registry. Blocks.
@@ -101,7 +97,6 @@ class AdapterStore:
                 "not the one its tags tell of: register it again."
             )
         with self._lock:
-            self.loads[level] += 1
             self._memory.put((pinned.concept, pinned.sha256), adapter, adapter_bytes(adapter))
         return adapter, level
 

@@ -87,8 +87,9 @@ def test_registry_reads_aliases_versions_and_lists(shelf: Shelf) -> None:
     assert registry.find("dog", "champion") == Pinned("dog", first, sha_1, shelf.pair.hash)
     assert registry.find("dog", "candidate") == Pinned("dog", second, sha_2, shelf.pair.hash)
     assert registry.find("dog", second) == Pinned("dog", second, sha_2, shelf.pair.hash)
-    for concept, pointer in (("dog", "99"), ("dog", "none"), ("wolf", "champion"), ("cat", "1000")):
-        assert registry.find(concept, pointer) is None
+    for pointer in ("99", "9" * 40, "0", "none", "v1", "-1"):
+        assert registry.find("dog", pointer) is None
+    assert registry.find("wolf", "champion") is registry.find("wolf", "1") is None
     assert [(item.concept, item.champion) for item in registry.concepts()] == [("dog", first)]
 
 
@@ -132,7 +133,6 @@ def test_adapter_comes_from_registry_then_memory_then_disk(
     other_process = make_store(shelf, door, tmp_path / "cache")
     other, level = other_process.adapter(version)
     assert (level, other.sha256, door.downloads) == ("disk", sha256, 1)
-    assert store.loads == {"memory": 2, "disk": 0, "registry": 1}
     left = [path.name for path in (tmp_path / "cache/adapters/dog").iterdir()]
     assert left == [sha256]
 
@@ -262,9 +262,6 @@ def test_what_is_known_stands_while_the_registry_is_away(shelf: Shelf, door: Doo
     while pointers.registry_away:
         pinned(pointers, "dog")
     assert pinned(pointers, "dog").version == second
-    assert [
-        item.champion for item in Pointers(door, alias_seconds=1, registry_seconds=1).concepts()
-    ]
 
 
 def test_slow_registry_holds_nobody_who_has_an_answer(shelf: Shelf, door: Door) -> None:
