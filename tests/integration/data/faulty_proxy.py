@@ -48,15 +48,17 @@ def _handler(endpoint: str, faults: Faults) -> Callable[..., BaseHTTPRequestHand
         def log_message(self, *_: object) -> None:
             pass
 
+        def do_HEAD(self) -> None:
+            answer, _ = self._ask()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+
         def do_GET(self) -> None:
             is_object = "list-type" not in self.path and self.path.count("/") > 1
             fault = faults.next(self.path) if is_object else "ok"
-            connection = http.client.HTTPConnection(upstream)
-            headers = {k: v for k, v in self.headers.items() if k.lower() != "accept-encoding"}
-            connection.request("GET", self.path, headers=headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            connection.close()
+            answer, body = self._ask()
             if fault == "503":
                 self.send_response(503)
                 body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
@@ -76,5 +78,14 @@ def _handler(endpoint: str, faults: Faults) -> Callable[..., BaseHTTPRequestHand
                 body = body[:-1] + bytes([body[-1] ^ 1])
             self.wfile.write(body)
             self.close_connection = True
+
+        def _ask(self) -> tuple[http.client.HTTPResponse, bytes]:
+            connection = http.client.HTTPConnection(upstream)
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "accept-encoding"}
+            connection.request(self.command, self.path, headers=headers)
+            answer = connection.getresponse()
+            body = answer.read()
+            connection.close()
+            return answer, body
 
     return Handler
