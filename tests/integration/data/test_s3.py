@@ -14,9 +14,11 @@ import pytest
 from components.ingest import s3, store
 from components.ingest.cache import file_sha256
 from components.ingest.concept_folder import check_prefix, load_images
+from model.base_pair import BasePair, load_base_pair
 from model.errors import InputError, ServiceError
 from tests.conftest import S3Bucket
 from tests.integration.data.faulty_proxy import Faults, faulty_proxy
+from tests.tiny import TinyPaths
 from tests.unit.data.pictures import concept_folder, encoded, photo
 
 
@@ -283,3 +285,15 @@ def test_uploads_to_a_wrong_bucket_and_to_disk(s3_bucket: S3Bucket, tmp_path: Pa
     with pytest.raises(InputError, match="holds no files"):
         (tmp_path / "void").mkdir()
         store.put_folder(tmp_path / "void", s3_bucket.uri)
+
+
+def test_a_base_pair_on_s3_loads_as_the_same(
+    s3_bucket: S3Bucket, tiny: TinyPaths, pair: BasePair, tmp_path: Path
+) -> None:
+    for folder in (tiny.teacher, tiny.student):
+        store.put_folder(folder, f"{s3_bucket.uri}/bases/{folder.name}")
+    places = [
+        store.resolve_model(f"{s3_bucket.uri}/bases/{folder.name}/", cache=tmp_path)
+        for folder in (tiny.teacher, tiny.student)
+    ]
+    assert load_base_pair(*places, name="tiny").hash == pair.hash
