@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from model.base_pair import BasePair
-from model.losses import SWD_DIRECTIONS, SWD_PATCH, unit_directions
+from model.losses import SWD_PATCH, unit_directions
 from model.packing import concept_rows
 from model.randomness import generator, integer, normal, uniform
 from model.schedule import LAST_STEP
@@ -132,7 +132,7 @@ def draw_batch(
     t_align = [integer(loss.align_min_t, loss.align_max_t, gen(c, "t_align", i)) for c, i in keys]
     directions = None
     if loss.perceptual == "swd" and loss.perc_weight > 0:
-        shape = (SWD_DIRECTIONS, 3, SWD_PATCH, SWD_PATCH)
+        shape = (loss.swd_directions, 3, SWD_PATCH, SWD_PATCH)
         raw = torch.stack([normal(shape, gen(c, "swd")) for c in concepts])
         directions = unit_directions(raw).to(pair.device)
     return Batch(

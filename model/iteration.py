@@ -71,13 +71,14 @@ class Target:
         latents: `z_T` [R, c, h, w].
         images: `x_T` [R, 3, S, S].
         weight: `abar_t'` [R].
-        subject: [R, 1, S, S] in [0, 1], where the teacher's guidance acts.
+        subject: [R, 1, S, S] in [0, 1], where the teacher's guidance acts; None unless the
+            settings ask for masked identities.
     """
 
     latents: torch.Tensor
     images: torch.Tensor
     weight: torch.Tensor
-    subject: torch.Tensor
+    subject: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ def alignment_target(
     both = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), kv_both)
     uncond, cond = both.chunk(2)
     z_target = schedule.x0(uncond + settings.guidance * (cond - uncond), z_t, t)
-    subject = _subject(cond - uncond, pair.resolution)
+    subject = _subject(cond - uncond, pair.resolution) if settings.masked_id else None
     return Target(z_target, pair.decode(z_target), schedule.weight(t), subject)
 
 
@@ -171,7 +172,7 @@ def student_loss(
     if settings.mse_weight:
         rows["mse"] = losses.alignment_mse(drawn.latents, target.latents, target.weight)
     if settings.id_weight:
-        rows["id"] = _identity_loss(frozen, features, wanted, target, settings)
+        rows["id"] = _identity_loss(frozen, features, wanted, target)
     if settings.perc_weight:
         rows["perc"] = _perceptual_loss(frozen, features, wanted, target, batch)
     fake_features: list[torch.Tensor] = []
@@ -218,9 +219,8 @@ def _identity_loss(
     mine: _PerBackbone,
     theirs: _PerBackbone,
     target: Target,
-    settings: LossSettings,
 ) -> torch.Tensor:
-    if settings.masked_id:
+    if target.subject is not None:
         mine, theirs = (_PerBackbone(each.images * target.subject) for each in (mine, theirs))
     g_s, g_t = (
         identity_features(each(frozen.identity), frozen.projection) for each in (mine, theirs)

@@ -28,6 +28,7 @@ class LossSettings:
         perc_weight: weight of `L_perc`; MS-SWD's factor 0.1 is inside the loss.
         adv_weight: weight of `L_adv`, the sum over the discriminators.
         perceptual: `swd` (MS-SWD) or `lpips` (over the first backbone's layers).
+        swd_directions: projections a call of MS-SWD; fewer are cheaper and noisier.
         masked_id: compare identities on the subject only. Both pictures are multiplied by where
             the teacher's guidance acts, which keeps the references' background out of the
             identity. Ours, off by default.
@@ -44,6 +45,7 @@ class LossSettings:
     perc_weight: float = 1.0
     adv_weight: float = 1.0
     perceptual: Literal["swd", "lpips"] = "swd"
+    swd_directions: int = 128
     masked_id: bool = False
     guidance: float = 7.5
     align_min_t: int = 0
@@ -54,6 +56,7 @@ class LossSettings:
         weights = ("rec_weight", "mse_weight", "id_weight", "perc_weight", "adv_weight")
         _check(self, 0, 1e6, *weights)
         _check(self, 0, 100, "guidance")
+        _check(self, 1, 4096, "swd_directions")
         _check(self, 0, 999, "align_min_t", "align_max_t")
         if self.align_min_t > self.align_max_t:
             raise ValueError("align_min_t must not be over align_max_t")
