@@ -263,7 +263,9 @@ def _pocket_part(ref: str) -> Path:
     paths = pocket_paths()
     part = getattr(paths, ref.removeprefix(_POCKET), None)
     if not isinstance(part, Path):
-        raise InputError(f"the pocket pair has no part {ref}: its parts are teacher, student, ...")
+        raise InputError(
+            f"the pocket pair has no part {ref}: its parts are teacher, student, clip, dino"
+        )
     return part
 
 
