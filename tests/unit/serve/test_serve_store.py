@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -314,40 +313,3 @@ def test_single_flight_shares_errors_and_starts_anew() -> None:
     with pytest.raises(ZeroDivisionError):
         flight.run("a", lambda: 1 // 0)
     assert flight.run("a", lambda: 7) == 7
-
-
-def test_real_pyfunc_model_has_its_adapter_where_the_store_looks(
-    tracking_uri: str, tmp_path: Path, shelf: Shelf
-) -> None:
-    import mlflow
-
-    _, sha256 = shelf.add("dog", 1)
-    adapter = shelf.folder / "dog-1" / "artifacts" / "adapter"
-    code = tmp_path / "model.py"
-    code.write_text(
-        "import mlflow\n"
-        "class Model(mlflow.pyfunc.PythonModel):\n"
-        "    def predict(self, context, model_input: list[str], params=None) -> list[str]:\n"
-        "        return model_input\n"
-        "mlflow.models.set_model(Model())\n"
-    )
-    mlflow.create_experiment("serve", artifact_location=(tmp_path / "artifacts").as_uri())
-    mlflow.set_experiment("serve")
-    with mlflow.start_run():
-        info = mlflow.pyfunc.log_model(
-            name="adapter",
-            python_model=str(code),
-            artifacts={"adapter": str(adapter)},
-            pip_requirements=[],
-            registered_model_name="echodistill.dog",
-        )
-    client = mlflow.MlflowClient(tracking_uri, tracking_uri)
-    version = str(info.registered_model_version)
-    for tag, value in (("adapter_sha256", sha256), ("base_hash", shelf.pair.hash)):
-        client.set_model_version_tag("echodistill.dog", version, tag, value)
-    shutil.rmtree(shelf.folder)
-    registry = Registry(tracking_uri)
-    found = registry.find("dog", version)
-    assert found is not None
-    adapter_, level = make_store(shelf, registry, tmp_path / "cache").adapter(found)
-    assert (adapter_.sha256, level) == (sha256, "registry")
