@@ -17,11 +17,12 @@ from model.text import Prompts, cat, encode, tokenize
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
+_Rows = slice | list[int]
 _CONCEPT_FREE = "picture"  # noise is keyed by the seed alone, not by who asks
 
 
 def sample_student(
-    pair: BasePair, kv: torch.Tensor, noise: torch.Tensor, steps: int = 1
+    pair: BasePair, kv: torch.Tensor, noise: torch.Tensor, steps: int | Sequence[int] = 1
 ) -> torch.Tensor:
     """Draw with the student in 1, 2 or 4 trailing steps, without guidance.
 
@@ -29,18 +30,22 @@ def sample_student(
         pair: the base pair.
         kv: keys and values [R, L, C_S].
         noise: standard normal [R, c, h, w].
-        steps: network evaluations.
+        steps: network evaluations, one number for all or one a row.
 
     Returns:
         images [R, 3, S, S] in [-1, 1], float32.
+
+    Raises:
+        InputError: for a number of steps outside 1..1000.
     """
     schedule = pair.student_schedule
 
-    def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return pair.denoise(pair.student, z_t, t, kv)
+    def predict(z_t: torch.Tensor, t: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        return pair.denoise(pair.student, z_t, t, kv[rows])
 
-    timesteps = schedule.timesteps(steps, "trailing")
-    z = _ddim(predict, schedule, noise.to(pair.device), timesteps, final_abar=1.0)
+    counts = [steps] * len(noise) if isinstance(steps, int) else steps
+    plans = [schedule.timesteps(count, "trailing") for count in counts]
+    z = _ddim(predict, schedule, noise.to(pair.device), plans, final_abar=1.0)
     return pair.decode(z).clamp(-1, 1)
 
 
@@ -68,15 +73,15 @@ def sample_teacher(
     schedule = pair.teacher_schedule
     both = torch.cat([kv_uncond, kv])
 
-    def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict(z_t: torch.Tensor, t: torch.Tensor, _rows: _Rows) -> torch.Tensor:
         if guidance == 1:
             return pair.denoise(pair.teacher, z_t, t, kv)
         out = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), both)
         uncond, cond = out.chunk(2)
         return uncond + guidance * (cond - uncond)
 
-    timesteps = schedule.timesteps(steps)
-    z = _ddim(predict, schedule, noise.to(pair.device), timesteps, schedule.final_abar)
+    plans = [schedule.timesteps(steps)] * len(noise)
+    z = _ddim(predict, schedule, noise.to(pair.device), plans, schedule.final_abar)
     return pair.decode(z).clamp(-1, 1)
 
 
@@ -86,7 +91,7 @@ def draw(
     adapters: Sequence[Adapter | None],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int = 1,
+    steps: int | Sequence[int] = 1,
 ) -> torch.Tensor:
     """Draw R pictures with the student; each row has its own adapter, prompt and seed.
 
@@ -95,7 +100,7 @@ def draw(
         adapters: R adapters, in any mixture; None is the bare base.
         prompts: R prompts that hold their adapter's token (see `adapter.prompt_for`).
         seeds: R seeds; the i-th image of one request has seed + i.
-        steps: network evaluations.
+        steps: network evaluations, one number for all or one a row.
 
     Returns:
         uint8 [R, 3, S, S] on the CPU. A row does not depend on the other rows but for round-off.
@@ -190,19 +195,32 @@ def _token_rows(pair: BasePair, adapters: Sequence[Adapter | None]) -> torch.Ten
 
 
 def _ddim(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    predict: Callable[[torch.Tensor, torch.Tensor, _Rows], torch.Tensor],
     schedule: NoiseSchedule,
     noise: torch.Tensor,
-    timesteps: Sequence[int],
+    plans: Sequence[Sequence[int]],
     final_abar: float,
 ) -> torch.Tensor:
-    """Deterministic DDIM from `noise` [R, c, h, w] to a latent; equal to Euler's steps."""
-    z_t = noise * schedule.initial_scale
-    following = [*(float(schedule.abar[t]) for t in timesteps[1:]), final_abar]
-    for step, abar_next in zip(timesteps, following, strict=True):
-        t = torch.full((z_t.shape[0],), step, device=z_t.device)
-        prediction = predict(z_t, t)
+    """Deterministic DDIM from `noise` [R, c, h, w] to latents; equal to Euler's steps.
+
+    Each row follows its own plan of time steps; `predict` sees the rows that have steps left.
+    """
+    z = noise * schedule.initial_scale
+    abars = [[*(float(schedule.abar[t]) for t in plan[1:]), final_abar] for plan in plans]
+    for k in range(max(len(plan) for plan in plans)):
+        left = [r for r, plan in enumerate(plans) if k < len(plan)]
+        rows: _Rows = slice(None) if len(left) == len(plans) else left
+        t = torch.tensor([plans[r][k] for r in left], device=z.device)
+        abar = torch.tensor([abars[r][k] for r in left], dtype=torch.float64).view(-1, 1, 1, 1)
+        z_t = z[rows]
+        prediction = predict(z_t, t, rows)
         x0 = schedule.x0(prediction, z_t, t)
         eps = schedule.eps(prediction, z_t, t)
-        z_t = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
-    return z_t
+        signal, rest = (part.sqrt().to(z.device, z.dtype) for part in (abar, 1 - abar))
+        moved = signal * x0 + rest * eps
+        z = moved if isinstance(rows, slice) else z.index_copy(0, _index(left, z), moved)
+    return z
+
+
+def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows, device=like.device)

@@ -132,6 +132,16 @@ def test_a_picture_does_not_depend_on_its_batch(pair: BasePair, adapters: list[A
     assert together.shape == (4, 3, 32, 32) and together.dtype == torch.uint8
 
 
+def test_rows_may_have_their_own_numbers_of_steps(pair: BasePair) -> None:
+    counts = [4, 1, 2, 1]
+    together = draw(pair, [None] * 4, ["a dog"] * 4, [1, 2, 3, 4], counts)
+    for r, count in enumerate(counts):
+        alone = draw(pair, [None], ["a dog"], [r + 1], count)[0]
+        assert (together[r].int() - alone.int()).abs().max() <= 1
+    one = draw(pair, [None], ["a dog"], [1], 1)[0]
+    assert (together[0].int() - one.int()).abs().max() > 1
+
+
 def test_a_token_means_nothing_without_its_adapter(pair: BasePair, adapters: list[Adapter]) -> None:
     """Another concept's token string is ordinary text, never that concept's row."""
     first, second = adapters
