@@ -18,6 +18,7 @@ from model.base_pair import BasePair, load_base_pair
 from model.errors import InputError, ServiceError
 from tests.conftest import S3Bucket
 from tests.integration.data.faulty_proxy import Faults, faulty_proxy
+from tests.integration.data.fetching import fetch_and_hash
 from tests.tiny import TinyPaths
 from tests.unit.data.pictures import concept_folder, encoded, photo
 
@@ -154,11 +155,6 @@ def test_an_upload_in_parts_is_verified_by_its_sha256(
     assert len(faults.served) == 2
 
 
-def _fetch(arguments: tuple[store.Entry, Path]) -> tuple[Path, str]:
-    path = store.fetch(*arguments)
-    return path, file_sha256(path)
-
-
 def test_many_processes_fill_one_cache(s3_bucket: S3Bucket, tmp_path: Path) -> None:
     for index in range(4):
         body = bytes([index]) * 300_000
@@ -166,7 +162,7 @@ def test_many_processes_fill_one_cache(s3_bucket: S3Bucket, tmp_path: Path) -> N
     entries = store.list_folder(f"{s3_bucket.uri}/m")
     cache = tmp_path / "cache"
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        results = pool.map(_fetch, [(entry, cache) for entry in entries * 5], chunksize=1)
+        results = pool.map(fetch_and_hash, [(entry, cache) for entry in entries * 5], chunksize=1)
     assert len({path for path, _ in results}) == 4
     assert all(path.name == sha256 for path, sha256 in results)
     assert not list(cache.rglob(".part-*"))
