@@ -8,7 +8,8 @@ same digest is not trained again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
 
 State = Literal["trained", "already", "failed", "invalid"]
+Cluster = Callable[[], AbstractContextManager[None]]
 SECONDS_TAG = "train_seconds"
 
 
@@ -84,15 +86,22 @@ class ConceptResult:
 
 
 def train_prefix(
-    uri: str, spec: RunSpec, *, force: bool = False, progress: Progress = silent
+    uri: str,
+    spec: RunSpec,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+    cluster: Cluster = nullcontext,
 ) -> list[ConceptResult]:
-    """Train every valid concept below a prefix that has no adapter yet; needs a Ray.
+    """Train every valid concept below a prefix that has no adapter yet.
 
     Args:
         uri: a folder or s3:// prefix of concepts, or one concept's folder.
         spec: the resolved run spec.
         force: train registered concepts again, as new versions.
         progress: listens; what it raises ends the run.
+        cluster: opens the Ray that trains; it is asked only when there is something to train.
+            By default the process is connected to one already.
 
     Returns:
         one result a concept, by id.
@@ -111,7 +120,7 @@ def train_prefix(
     progress(Event("check", uri, f"{len(concepts)} of {len(checked)} concepts are valid"))
     if concepts:
         progress(Event("base", spec.base.name, "load and verify"))
-        runner = _Runner(spec, registry, force, progress)
+        runner = _Runner(spec, registry, force, progress, cluster)
         results |= runner.run(concepts)
     return [results[one.id] for one in checked]
 
@@ -160,7 +169,10 @@ def _from_version(
 class _Runner:
     """Takes checked concepts to results."""
 
-    def __init__(self, spec: RunSpec, registry: str, force: bool, progress: Progress) -> None:
+    def __init__(
+        self, spec: RunSpec, registry: str, force: bool, progress: Progress, cluster: Cluster
+    ) -> None:
+        self._cluster = cluster
         self._spec = spec
         self._registry = registry
         self._force = force
@@ -170,8 +182,10 @@ class _Runner:
     def run(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
         results = {} if self._force else self._already(concepts)
         rest = [concept for concept in concepts if concept.id not in results]
-        for pack in packs(rest, self._spec.pack.size):
-            results |= self._train(pack)
+        if rest:
+            with self._cluster():
+                for pack in packs(rest, self._spec.pack.size):
+                    results |= self._train(pack)
         return results
 
     def _already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:

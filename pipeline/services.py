@@ -7,13 +7,17 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from model.errors import ServiceError
 
 OBJECT_STORE_BYTES = 200 * 2**20
+_running = threading.Event()  # between the end of Ray's start and the beginning of its stop
 
 
 def quiet_libraries() -> None:
@@ -48,59 +52,95 @@ def local_ray(cpus: int, *, echo: bool = False) -> Iterator[None]:
     cluster is out of reach.
     """
     address = os.environ.get("RAY_ADDRESS")
-    # A local Ray turns token authentication on and leaves a token in the home folder, after which
-    # Ray's other tools fail: say what we want instead, before Ray is imported and reads it.
-    if not address and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _prepare_environment(address)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    folder = None
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=echo, logging_level="error")
-        else:
-            # Sockets live here, and their paths may have 107 characters.
-            folder = Path(tempfile.mkdtemp(prefix="echodistill-ray-", dir=_short_temporary()))
-            ray.init(
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                object_store_memory=OBJECT_STORE_BYTES,
-                # Without its agent Ray writes a warning a second; it listens on this machine only.
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=0,
-                log_to_driver=echo,
-                logging_level="error",
-                _temp_dir=str(folder),
-            )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        stop_ray()
-        where = f"at {address} (RAY_ADDRESS)" if address else "on this machine"
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ServiceError(f"Ray {where} can't be reached or started: {reason}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"address": address}
+        if not address:
+            folder = stack.enter_context(_short_folder())
+            options = _local_options(cpus, folder)
+        stack.callback(_stop_ray)
+        try:
+            ray.init(log_to_driver=echo, logging_level="error", **options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {address} (RAY_ADDRESS)" if address else "on this machine"
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ServiceError(f"Ray {where} can't be reached or started: {reason}") from error
+        _running.set()
         yield
-    finally:
-        stop_ray()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def stop_ray() -> None:
-    """Ends the Ray of this process, and every process of it; does nothing when there is none."""
+def abort_training() -> None:
+    """End the training runs that this process started, from any thread; the waiting call raises.
+
+    `ray.shutdown` from another thread than the one that waits can take the whole process down, so
+    what is waited for is ended instead. Ray Train gives no handle of its controller; it is found
+    among the actors of this process's job.
+    """
+    if not _running.is_set():
+        return
+    with contextlib.suppress(Exception):  # Ray may be going down already
+        import ray
+        from ray._private import state
+        from ray._private.worker import global_worker
+        from ray._raylet import ActorID
+
+        job = ray.get_runtime_context().get_job_id()
+        for actor_id, facts in state.actors().items():
+            if facts["ActorClassName"] == "TrainController" and facts["JobID"] == job:
+                global_worker.core_worker.kill_actor(ActorID.from_hex(actor_id), True)
+
+
+def _prepare_environment(address: str | None) -> None:
+    """Set what Ray reads when it is imported."""
+    # A call after the end would start another local Ray, which nobody would stop.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    # A local Ray turns token authentication on and leaves a token in the home folder, after which
+    # Ray's other tools fail: say what we want instead.
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _local_options(cpus: int, folder: Path) -> dict[str, Any]:
+    return {
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        # Without its agent Ray writes a warning a second; it listens on this machine only.
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": 0,
+        "_temp_dir": str(folder),
+    }
+
+
+def _stop_ray() -> None:
+    """Ends the Ray of this process and every process of it, a start that failed half-way too."""
     import ray
 
-    if ray.is_initialized():
-        # A second caller may be at it: whoever is first wins.
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+    _running.clear()
+    with contextlib.suppress(Exception):
+        ray.shutdown()
 
 
-def _short_temporary() -> str | None:
-    return "/tmp" if len(tempfile.gettempdir()) > 30 and os.access("/tmp", os.W_OK) else None
+@contextmanager
+def _short_folder() -> Iterator[Path]:
+    """A temporary folder for Ray's logs and sockets, whose paths may have 107 characters."""
+    long = len(tempfile.gettempdir()) > 30 and os.access("/tmp", os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix="echodistill-ray-", dir="/tmp" if long else None))
+    try:
+        yield folder
+    finally:
+        # Processes that are ending write their last words for a moment.
+        for _ in range(25):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.2)
 
 
 @contextmanager

@@ -1,21 +1,23 @@
 """Work that Ctrl-C ends cleanly.
 
 Ray takes over SIGINT and SIGTERM when it is started from the main thread, and answers them with
-exits of its own. So the work runs beside the main thread, which keeps the signals, stops the
-services when one comes, and waits until the work has seen it.
+exits of its own. So the work runs beside the main thread, which keeps the signals. When one comes,
+what the work waits for is ended, and the work takes down what it started, as after an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline.progress import Event, Progress
 
 T = TypeVar("T")
-# Ray's own processes are gone after a second or two; more is a hang that nobody should wait for.
+# Ray's start takes some seconds and its end two; more is a hang that nobody should wait for.
 PATIENCE_SECONDS = 30.0
 
 
@@ -44,7 +46,8 @@ class Interruptible:
         """Runs `work` and returns what it returns, or raises what it raises.
 
         On Ctrl-C or SIGTERM calls `stop`, again and again until the work is over (it may be in the
-        middle of starting something), then raises KeyboardInterrupt.
+        middle of starting something), then raises KeyboardInterrupt. `stop` ends what the work may
+        be waiting for and leaves the rest to it.
         """
         results: list[T] = []
         errors: list[BaseException] = []
@@ -56,28 +59,41 @@ class Interruptible:
                 errors.append(error)
 
         thread = threading.Thread(target=body, name="work", daemon=True)
+        received: list[int] = []
+        # Only noted here: a second Ctrl-C must not cut the clean-up of the first one short.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in numbers}
         try:
             thread.start()
-            while thread.is_alive():
+            while thread.is_alive() and not received:
                 thread.join(0.2)
-        except KeyboardInterrupt:
-            self._finish(thread, stop)
-            raise
+            if received:
+                self._finish(thread, stop)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if received:
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else TerminatedError
         if errors:
             raise errors[0]
         return results[0]
 
     def _finish(self, thread: threading.Thread, stop: Callable[[], None]) -> None:
         self._stopping.set()
-        impatient = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
-        before = {number: signal.signal(number, action) for number, action in impatient.items()}
-        try:
-            waited = 0.0
-            while thread.is_alive() and waited < PATIENCE_SECONDS:
-                stop()
-                thread.join(0.5)
-                waited += 0.5
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
             stop()
-        finally:
-            for number, action in before.items():
-                signal.signal(number, action)
+            thread.join(0.5)
+        if thread.is_alive():
+            _kill_children()
+
+
+def _kill_children() -> None:
+    """End every process below this one at once: the last resort against leaving any behind."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(children, timeout=5)

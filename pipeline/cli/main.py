@@ -95,20 +95,24 @@ def run(arguments: list[str], output: Output) -> int:
     """Runs one command and returns its exit code; never raises."""
     try:
         code = app(args=arguments, prog_name="echodistill", standalone_mode=False, obj=output)
-        return int(code or OK)
+        # typer makes 130 of Ctrl-C.
+        return _interrupted(output) if code == INTERRUPTED else int(code or OK)
     except (KeyboardInterrupt, typer.Abort):
-        output.fail("interrupted; everything that was started has been stopped", INTERRUPTED)
-        return INTERRUPTED
+        return _interrupted(output)
     except Exception as error:
         cause = _caused_by(error)
         if isinstance(cause, KeyboardInterrupt):
-            output.fail("interrupted; everything that was started has been stopped", INTERRUPTED)
-            return INTERRUPTED
+            return _interrupted(output)
         message, code = describe(cause)
         if output.debug:
             traceback.print_exception(error, file=sys.stderr)
         output.fail(message, code)
         return code
+
+
+def _interrupted(output: Output) -> int:
+    output.fail("interrupted; everything that was started has been stopped", INTERRUPTED)
+    return INTERRUPTED
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 LOG = Path("runs/logs/serve.txt")
 ACCESS_LOG = Path("runs/logs/access.jsonl")
-# A replica finishes what it draws; after so many tries the services are ended under it.
-GRACEFUL_TRIES = 20
 
 
 def serve(
@@ -43,34 +41,24 @@ def serve(
     """
     output: Output = context.obj
     settings = _settings(host, port, base, tracking_uri)
-    from pipeline.services import local_ray, quiet_libraries, stop_ray
+    from pipeline.services import local_ray, quiet_libraries
     from serve.endpoint import start
 
     quiet_libraries()
     enough = threading.Event()
-    running = threading.Event()
-    tries = 0
 
     def work() -> None:
         with local_ray(cpus=settings.replicas + 1, echo=output.debug):
             endpoint = start(settings)
             try:
-                running.set()
                 _announce(output, endpoint.url, settings)
                 enough.wait()
             finally:
                 endpoint.stop()
 
-    def stop() -> None:
-        nonlocal tries
-        tries += 1
-        enough.set()
-        if not running.is_set() or tries > GRACEFUL_TRIES:
-            stop_ray()
-
     try:
         with output.noise_to(LOG):
-            Interruptible(output).run(work, stop)
+            Interruptible(output).run(work, enough.set)
     except TerminatedError:
         output.say("stopped")
         raise typer.Exit(0) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Prefix, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
+from pipeline.progress import Event
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,17 +43,20 @@ def train(
     output: Output = context.obj
     resolved = _resolve(base, spec, sets or [], tracking_uri)
     from pipeline.run import train_prefix
-    from pipeline.services import local_ray, quiet_libraries, stop_ray
+    from pipeline.services import abort_training, local_ray, quiet_libraries
 
     quiet_libraries()
     job = Interruptible(output)
 
+    def cluster() -> AbstractContextManager[None]:
+        job.progress(Event("ray", "", "start or connect"))
+        return local_ray(cpus=cpus_at_once(resolved), echo=output.debug)
+
     def work() -> list[ConceptResult]:
-        with local_ray(cpus=cpus_at_once(resolved), echo=output.debug):
-            return train_prefix(prefix, resolved, force=force, progress=job.progress)
+        return train_prefix(prefix, resolved, force=force, progress=job.progress, cluster=cluster)
 
     with output.noise_to(LOG):
-        results = job.run(work, stop_ray)
+        results = job.run(work, abort_training)
     document = {"concepts": [one.as_json() for one in results]}
     output.finish(document, lambda console: _draw(console, results))
     raise typer.Exit(0 if all(one.state in ("trained", "already") for one in results) else 1)
