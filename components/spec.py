@@ -46,7 +46,11 @@ class BaseSpec(_Section):
 
 
 class TrainSpec(_Section):
-    """How a pack is trained. Workers, ZeRO stage and device do not change the result."""
+    """How a pack is trained. Workers, ZeRO stage and device do not change the result.
+
+    `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
+    pass. With one item a pass the number of workers changes no round-off either.
+    """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)
     teacher_lr: float = Field(default=1e-5, ge=0, le=1)
@@ -66,6 +70,7 @@ class TrainSpec(_Section):
     sample_every: int = Field(default=100, ge=0)
     max_failures: int = Field(default=2, ge=-1, le=1000)
     keep_teacher: bool = True
+    items_at_once: int | None = Field(default=None, ge=1)
     storage_path: str = "runs/train"
 
 
@@ -133,6 +138,7 @@ _NO_EFFECT_TRAIN = (
     "sample_every",
     "max_failures",
     "keep_teacher",
+    "items_at_once",
     "storage_path",
 )
 

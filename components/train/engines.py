@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ def start_deepspeed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch renames: a warning each, on every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On a CPU it would compile an operator for 40 to 65 seconds, for nothing that we use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"

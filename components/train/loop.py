@@ -27,18 +27,21 @@ from components.train.engines import (
 )
 from components.train.job import echo_iterations, total_iterations
 from components.train.members import Member, echo_of
-from model.batch import ConceptData, draw_batch
+from model.batch import Batch, ConceptData, draw_batch
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
 from model.echo import EchoRound, echo_round
 from model.iteration import (
     Frozen,
+    StudentLoss,
     alignment_target,
     discriminator_loss,
     student_draw,
     student_loss,
     teacher_loss,
 )
+
+LOSS = "loss/"
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Segment:
         """Build the engines from the members' states."""
         self.run = run
         self.members = members
+        self._total = total_iterations(run.spec)
         states = [member.state for member in members if member.state is not None]
         self.teacher, self.student, self.heads = _engines(run, states)
 
@@ -148,7 +152,7 @@ class Segment:
                 watcher.failed(member)
             if alive and _is_picture_time(self.run.spec, iteration):
                 watcher.pictures(self.members, iteration, self)
-            due = ranks.from_first(watcher.wants_checkpoint())
+            due = iteration < self._total and ranks.from_first(watcher.wants_checkpoint())
             if due or not alive or iteration == stop:
                 self._update_states(iteration, block)
             if due:
@@ -176,38 +180,60 @@ class Segment:
 
     def _iterate(self, iteration: int) -> dict[str, torch.Tensor]:
         """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
-        spec, frozen, heads = self.run.spec, self.run.frozen, self.heads.module
-        batch = draw_batch(
-            self._data(),
-            frozen.pair,
-            seed=spec.seed,
-            iteration=iteration,
-            items=spec.batch_size // ranks.world_size(),
-            rank=ranks.rank(),
-            views=spec.views,
-            echo=spec.echo,
-            loss=spec.loss,
-        )
-        rec, text_states = teacher_loss(frozen, self.teacher, batch, spec.loss)
-        norms = {"teacher": self._step(self.teacher, rec)}
-        drawn = student_draw(frozen, self.student, text_states, batch)
-        teacher = self.teacher.module
-        target = alignment_target(frozen, teacher, text_states, drawn, batch, spec.loss)
+        settings, frozen, heads = self.run.spec.loss, self.run.frozen, self.heads.module
+        batches = self._batches(iteration)
+        learned = [teacher_loss(frozen, self.teacher, batch, settings) for batch in batches]
+        parts = {"rec": _mean([loss for loss, _ in learned])}
+        norms = {"teacher": self._step(self.teacher, parts["rec"])}
         # The student's loss runs through the heads: what reached them would be taken for their own
         # gradient by their engine.
         heads.requires_grad_(False)
-        loss = student_loss(frozen, heads, drawn, target, batch, spec.loss)
-        norms["student"] = self._step(self.student, loss.total)
+        answered = [
+            self._student_loss(batch, text_states)
+            for batch, (_, text_states) in zip(batches, learned, strict=True)
+        ]
+        norms["student"] = self._step(self.student, _mean([loss.total for loss in answered]))
         heads.requires_grad_(True)
-        parts = {"rec": rec.detach(), **loss.parts}
-        if loss.fake_features:
-            disc = discriminator_loss(frozen, self.heads, batch, loss.fake_features)
-            norms["heads"] = self._step(self.heads, disc)
-            parts["disc"] = disc.detach()
+        for name in answered[0].parts:
+            parts[name] = _mean([loss.parts[name] for loss in answered])
+        if answered[0].fake_features:
+            judged = [
+                discriminator_loss(frozen, self.heads, batch, loss.fake_features)
+                for batch, loss in zip(batches, answered, strict=True)
+            ]
+            parts["disc"] = _mean(judged)
+            norms["heads"] = self._step(self.heads, parts["disc"])
         return {
-            **{f"loss/{name}": value for name, value in parts.items()},
+            **{LOSS + name: value.detach() for name, value in parts.items()},
             **{f"grad_norm/{name}": value for name, value in norms.items()},
         }
+
+    def _student_loss(self, batch: Batch, text_states: torch.Tensor) -> StudentLoss:
+        settings, frozen, teacher = self.run.spec.loss, self.run.frozen, self.teacher.module
+        drawn = student_draw(frozen, self.student, text_states, batch)
+        target = alignment_target(frozen, teacher, text_states, drawn, batch, settings)
+        return student_loss(frozen, self.heads.module, drawn, target, batch, settings)
+
+    def _batches(self, iteration: int) -> list[Batch]:
+        """Draw this rank's items of an iteration, in as many passes as the spec asks for."""
+        spec = self.run.spec
+        items = spec.batch_size // ranks.world_size()
+        at_once = min(spec.train.items_at_once or items, items)
+        passes = items // at_once
+        return [
+            draw_batch(
+                self._data(),
+                self.run.frozen.pair,
+                seed=spec.seed,
+                iteration=iteration,
+                items=at_once,
+                rank=ranks.rank() * passes + place,
+                views=spec.views,
+                echo=spec.echo,
+                loss=spec.loss,
+            )
+            for place in range(passes)
+        ]
 
     def _step(self, engine: Any, losses: torch.Tensor) -> torch.Tensor:
         engine.backward(losses.sum())
@@ -248,7 +274,6 @@ class Segment:
             "student": read_state(self.student),
             "heads": read_state(self.heads),
         }
-        means = block.values.mean(0)
         for n, member in enumerate(self.members):
             if member.error is not None or member.state is None or member.data is None:
                 continue
@@ -261,7 +286,7 @@ class Segment:
                 echo_images=images,
                 echo_prompts=prompts,
                 seconds=member.state.seconds,
-                losses=dict(zip(block.names, means[:, n].tolist(), strict=True)),
+                losses=block_losses(block, n),
             )
 
 
@@ -287,6 +312,17 @@ def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
         for (name, module), rate in zip(modules, rates, strict=True)
     ]
     return made[0], made[1], made[2]
+
+
+def block_losses(block: Block, n: int) -> dict[str, float]:
+    """Give the means of member n's losses over a block, by name."""
+    means = zip(block.names, block.values[:, :, n].mean(0).tolist(), strict=True)
+    return {name.removeprefix(LOSS): mean for name, mean in means if name.startswith(LOSS)}
+
+
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    """Average the passes' losses [N]."""
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
 def _broken(members: list[Member], block: Block) -> list[Member]:

@@ -95,10 +95,17 @@ def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
     ids = [concept.id for concept in concepts]
     if not ids or len(set(ids)) != len(ids):
         raise InputError(f"a pack needs concepts with different ids, not {ids}: rename or split it")
-    if spec.batch_size % spec.train.workers:
+    workers, at_once = spec.train.workers, spec.train.items_at_once
+    if spec.batch_size % workers:
         raise InputError(
-            f"batch_size = {spec.batch_size} is not a multiple of train.workers = "
-            f"{spec.train.workers}: every worker takes an equal share of a concept's batch"
+            f"batch_size = {spec.batch_size} is not a multiple of train.workers = {workers}: "
+            "every worker takes an equal share of a concept's batch"
+        )
+    items = spec.batch_size // workers
+    if at_once is not None and items % min(at_once, items):
+        raise InputError(
+            f"train.items_at_once = {at_once} does not divide the {items} items that a worker has "
+            "of a concept's batch: take a divisor"
         )
 
 

@@ -28,7 +28,7 @@ from components.train.job import (
     PackJob,
     total_iterations,
 )
-from components.train.loop import Block, Run, Segment, Watcher, train_members
+from components.train.loop import Block, Run, Segment, Watcher, block_losses, train_members
 from components.train.members import Member, load_members
 from components.train.progress import TrainEvent
 from components.train.tracking import Tracker
@@ -170,8 +170,7 @@ class RayWatcher(Watcher):
         done = block.first + iterations
         stage = "main" if block.first < self._job.spec.train.iterations else "echo"
         for n, member in enumerate(members):
-            means = dict(zip(block.names, block.values[:, :, n].mean(0).tolist(), strict=True))
-            losses = {k.removeprefix("loss/"): v for k, v in means.items() if k[:5] == "loss/"}
+            losses = block_losses(block, n)
             self._tell(member, stage, done, losses=losses, seconds_per_iteration=pace)
             if self._tracker:
                 rows = _metric_rows(block, n)

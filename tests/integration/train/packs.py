@@ -13,11 +13,11 @@ from components.ingest.concept_folder import Concept, check_prefix
 from components.spec import RunSpec, resolve_spec
 from components.train.checkpoint import ConceptState
 from components.train.job import BasePaths, PackJob
-from components.train.loop import Run, train_members
+from components.train.loop import Run, Watcher, train_members
 from components.train.members import go_on, load_members
 from components.train.worker import load_frozen
 
-CPU = torch.device("cpu")
+ITERATIONS = 5  # four of the main stage, one of the echo stage
 
 
 def tiny_spec(paths: Any, *sets: str) -> RunSpec:
@@ -39,18 +39,22 @@ def tiny_spec(paths: Any, *sets: str) -> RunSpec:
     return resolve_spec("pocket", None, [*base, *sets])
 
 
-def tiny_concepts(folder: Path) -> list[Concept]:
-    """Writes (once) and checks the two concepts dog and robot: three coloured pictures each."""
+def write_concepts(folder: Path) -> None:
+    """Writes the two concepts dog and robot: three coloured pictures each."""
     for n, concept_id in enumerate(("dog", "robot")):
         place = folder / concept_id
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True)
         gen = torch.Generator().manual_seed(n)
         for i in range(3):
             colours = torch.rand(1, 3, 6, 5, generator=gen)
             picture = torch.nn.functional.interpolate(colours, size=(96, 80), mode="bilinear")[0]
             pixels = (picture.permute(1, 2, 0) * 255).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
-        (place / "concept.yaml").write_text(f"class_noun: {concept_id}\ninitializer: {concept_id}\n")
+        facts = f"class_noun: {concept_id}\ninitializer: {concept_id}\n"
+        (place / "concept.yaml").write_text(facts)
+
+
+def checked_concepts(folder: Path) -> list[Concept]:
     checked = check_prefix(str(folder))
     assert [one.problems for one in checked] == [()] * len(checked)
     return [one.concept for one in checked if one.concept is not None]
@@ -59,18 +63,18 @@ def tiny_concepts(folder: Path) -> list[Concept]:
 def trained(
     spec: RunSpec,
     concepts: Sequence[Concept],
-    start: Sequence[ConceptState] = (),
+    start: dict[str, ConceptState] | None = None,
+    watcher: Watcher | None = None,
 ) -> Run:
-    """Trains a pack on this rank."""
+    """Trains a pack on this rank, from the given states where there are some."""
     job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
-    frozen = load_frozen(job.bases, dtype, CPU, spec.resolution)
+    frozen = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution)
     members = load_members(job, frozen, None)
     for member in members:
-        for state in start:
-            if state.concept_id == member.concept.id:
-                go_on(member, state)
-    run = Run(spec, frozen, members)
+        if start and member.concept.id in start:
+            go_on(member, start[member.concept.id])
+    run = Run(spec, frozen, members, watcher or Watcher())
     train_members(run)
     return run
 
@@ -79,22 +83,23 @@ def states(run: Run) -> dict[str, ConceptState]:
     return {member.concept.id: member.state for member in run.members if member.state}
 
 
-def weights(state: ConceptState) -> dict[str, torch.Tensor]:
+def weights(state: ConceptState, moments: bool = False) -> dict[str, torch.Tensor]:
     """What training moved, by group and name."""
     return {
         f"{group}.{name}": tensor
         for group, tensors in state.groups.items()
         for name, tensor in tensors.items()
-        if not name.startswith("exp_avg")
+        if moments or not name.startswith("exp_avg")
     }
 
 
 def assert_close(
     found: ConceptState, expected: ConceptState, start: ConceptState, part: float = 1e-3
 ) -> None:
-    """Asserts that no weight differs by more than `part` of the largest movement in its group."""
+    """Asserts that no weight differs by more than `part` of its tensor's largest movement."""
     mine, theirs, first = weights(found), weights(expected), weights(start)
     assert mine.keys() == theirs.keys()
+    assert found.iteration == expected.iteration
     for name, value in theirs.items():
         moved = (value - first[name]).abs().max()
         error = (mine[name] - value).abs().max()
@@ -102,7 +107,11 @@ def assert_close(
         assert error <= part * moved, (name, float(error), float(moved))
 
 
-def folder_of(tmp: Path) -> Any:
-    from tests.tiny import build_tiny_pair
-
-    return build_tiny_pair(tmp)
+def assert_equal(found: ConceptState, expected: ConceptState) -> None:
+    """Asserts that two states are the same bit for bit, moments and echo samples included."""
+    mine, theirs = weights(found, moments=True), weights(expected, moments=True)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    assert found.iteration == expected.iteration
+    assert found.echo_prompts == expected.echo_prompts
+    assert torch.equal(found.echo_images, expected.echo_images)

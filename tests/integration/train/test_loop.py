@@ -1,0 +1,223 @@
+"""The whole loop on real tiny models, at every ZeRO stage and world size, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.train.checkpoint import ConceptState
+from components.train.loop import Block, Watcher
+from components.train.members import Member
+from tests.integration.train.packs import (
+    ITERATIONS,
+    assert_close,
+    assert_equal,
+    checked_concepts,
+    states,
+    tiny_spec,
+    trained,
+    weights,
+)
+from tests.unit.train.ranks import on_ranks
+
+STAGES = (0, 1, 2, 3)
+# One step of plain SGD without decay moves a weight by the rate times its clipped gradient.
+SGD = ("train.optimizer=sgd", "train.weight_decay=0", "train.iterations=1", "echo.rounds=0")
+Results = dict[str, dict[str, ConceptState]]
+
+
+class _StoppedError(Exception):
+    pass
+
+
+class StopAt(Watcher):
+    """Stops training at the checkpoint after so many iterations."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+        self.states: dict[str, ConceptState] = {}
+        self._members: list[Member] = []
+
+    def block(self, members: list[Member], block: Block) -> None:
+        self._members = members
+
+    def wants_checkpoint(self) -> bool:
+        return True
+
+    def checkpoint(self) -> None:
+        self.states = {m.concept.id: m.state for m in self._members if m.state}
+        if all(state.iteration >= self.iteration for state in self.states.values()):
+            raise _StoppedError
+
+
+def stopped_states(spec: Any, concepts: Any, iteration: int) -> dict[str, ConceptState]:
+    watcher = StopAt(iteration)
+    with pytest.raises(_StoppedError):
+        trained(spec, concepts, watcher=watcher)
+    return watcher.states
+
+
+def every_stage(paths: Any, folder: Path) -> Results:
+    """AdamW at every stage over main and echo stage, and one SGD step at every stage."""
+    concepts = checked_concepts(folder)
+    results = {}
+    for stage in STAGES:
+        setting = f"train.zero_stage={stage}"
+        results[f"adamw.{stage}"] = states(trained(tiny_spec(paths, setting), concepts))
+        results[f"sgd.{stage}"] = states(trained(tiny_spec(paths, setting, *SGD), concepts))
+    return results
+
+
+def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
+    """What needs one rank only: packs of one, bf16, a stop, a member that fails."""
+    concepts = checked_concepts(folder)
+    spec = tiny_spec(paths)
+    results: dict[str, Any] = every_stage(paths, folder)
+    results["alone"] = {
+        name: state for one in concepts for name, state in states(trained(spec, [one])).items()
+    }
+    results["reversed"] = states(trained(spec, concepts[::-1]))
+    results["bf16"] = states(trained(tiny_spec(paths, "train.precision=bf16"), concepts))
+    results["no adversary"] = states(trained(tiny_spec(paths, "loss.adv_weight=0"), concepts))
+    results["lpips"] = states(trained(tiny_spec(paths, "loss.perceptual=lpips"), concepts))
+    results["one pass"] = states(trained(tiny_spec(paths, "train.items_at_once=null"), concepts))
+    results["blocks"] = states(trained(tiny_spec(paths, "tracking.log_every=1"), concepts))
+    results["half"] = stopped_states(spec, concepts, 3)
+    results["resumed"] = states(trained(spec, concepts, results["half"]))
+    results["one ahead"] = states(trained(spec, concepts, {"dog": results["half"]["dog"]}))
+    results["start"] = first_states(spec, concepts)
+    broken = first_states(spec, concepts)
+    broken["dog"].groups["student"]["kv"].fill_(1e38)
+    run = trained(spec, concepts, {"dog": broken["dog"]})
+    results["broken"] = states(run)
+    results["errors"] = {member.concept.id: member.error for member in run.members}
+    return results
+
+
+def first_states(spec: Any, concepts: Any) -> dict[str, ConceptState]:
+    from components.train.job import BasePaths, PackJob
+    from components.train.members import load_members
+    from components.train.worker import load_frozen
+
+    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
+    frozen = load_frozen(job.bases, torch.float32, torch.device("cpu"), spec.resolution)
+    return {m.concept.id: m.state for m in load_members(job, frozen, None) if m.state}
+
+
+def go_on_from(paths: Any, folder: Path, half: dict[str, ConceptState]) -> Results:
+    concepts = checked_concepts(folder)
+    return {
+        str(stage): states(trained(tiny_spec(paths, f"train.zero_stage={stage}"), concepts, half))
+        for stage in (0, 3)
+    }
+
+
+@pytest.fixture(scope="module")
+def one(tiny_paths: Any, concepts_folder: Path) -> dict[str, Any]:
+    return on_ranks(1, one_rank, tiny_paths, concepts_folder)[0]
+
+
+@pytest.fixture(scope="module")
+def two(tiny_paths: Any, concepts_folder: Path) -> list[Results]:
+    return on_ranks(2, every_stage, tiny_paths, concepts_folder)
+
+
+@pytest.mark.parametrize("name", ["dog", "robot"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_and_worlds_train_the_same_adapter(one, two, stage, name):
+    expected = one["adamw.0"][name]
+    assert expected.iteration == ITERATIONS and len(expected.echo_prompts) == 2
+    for result in (one, *two):
+        found = result[f"adamw.{stage}"][name]
+        assert_close(found, expected, one["start"][name])
+        assert found.echo_prompts == expected.echo_prompts
+
+
+@pytest.mark.parametrize("name", ["dog", "robot"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipped_gradients_are_the_same(one, two, stage, name):
+    expected = one["sgd.0"][name]
+    for result in (one, *two):
+        assert_close(result[f"sgd.{stage}"][name], expected, one["start"][name])
+
+
+def test_gradients_are_clipped_to_the_norm_per_concept_and_group(one):
+    rates = {"teacher.kv": 5e-4, "teacher.rows": 5e-3, "student.kv": 3e-4}
+    for name, state in one["sgd.0"].items():
+        first, last = weights(one["start"][name]), weights(state)
+        squares = {
+            key: ((last[key] - first[key]) / rates.get(key, 1e-3)).square().sum() for key in last
+        }
+        for group in ("teacher", "student", "heads"):
+            norm = sum(v for key, v in squares.items() if key.startswith(group)) ** 0.5
+            assert 0 < norm <= 1.01, (name, group, norm)
+
+
+def test_a_pack_of_two_is_two_packs_of_one(one):
+    for name in ("dog", "robot"):
+        assert_close(one["adamw.0"][name], one["alone"][name], one["start"][name])
+        assert_close(one["reversed"][name], one["alone"][name], one["start"][name])
+
+
+def test_one_pass_over_all_items_is_the_same_sum(one):
+    for name in ("dog", "robot"):
+        expected = one["adamw.0"][name]
+        assert_close(one["one pass"][name], expected, one["start"][name], part=0.1)
+        for loss, value in expected.losses.items():
+            assert one["one pass"][name].losses[loss] == pytest.approx(value, rel=1e-3), loss
+
+
+def test_logging_oftener_changes_nothing(one):
+    for name in ("dog", "robot"):
+        assert_equal(one["blocks"][name], one["adamw.0"][name])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(one):
+    for name in ("dog", "robot"):
+        assert one["half"][name].iteration == 3
+        assert_equal(one["resumed"][name], one["adamw.0"][name])
+
+
+def test_a_member_that_is_ahead_waits_for_the_others(one):
+    for name in ("dog", "robot"):
+        assert_close(one["one ahead"][name], one["adamw.0"][name], one["start"][name])
+
+
+def test_a_state_goes_on_in_another_world(one, tiny_paths, concepts_folder):
+    for rank in on_ranks(2, go_on_from, tiny_paths, concepts_folder, one["half"]):
+        for found in rank.values():
+            for name in ("dog", "robot"):
+                assert_close(found[name], one["adamw.0"][name], one["start"][name])
+
+
+def test_bf16_keeps_float32_masters_and_learns(one):
+    for name, state in one["bf16"].items():
+        first, exact = weights(one["start"][name]), weights(one["adamw.0"][name])
+        for key, value in weights(state).items():
+            assert value.dtype == torch.float32 and value.isfinite().all()
+            moved = (exact[key] - first[key]).flatten()
+            cosine = torch.cosine_similarity((value - first[key]).flatten(), moved, dim=0)
+            assert cosine > 0.5, (name, key, cosine)
+
+
+def test_a_loss_without_weight_trains_nothing(one):
+    for name, state in one["no adversary"].items():
+        heads = weights(one["start"][name])
+        assert all(torch.equal(v, heads[k]) for k, v in weights(state).items() if "heads" in k)
+        assert set(state.losses) == {"rec", "mse", "id", "perc"}
+    for name, state in one["lpips"].items():
+        assert not torch.equal(
+            state.groups["student"]["kv"], one["adamw.0"][name].groups["student"]["kv"]
+        )
+
+
+def test_a_member_with_a_loss_that_is_not_finite_leaves_alone(one):
+    error = one["errors"]["dog"]
+    assert one["errors"]["robot"] is None
+    assert "not finite at iteration 0" in error and "\n" not in error
+    assert one["broken"]["dog"].iteration == 0
+    assert (one["broken"]["dog"].groups["student"]["kv"] == 1e38).all()
+    assert_close(one["broken"]["robot"], one["adamw.0"]["robot"], one["start"]["robot"])
