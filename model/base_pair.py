@@ -29,6 +29,17 @@ _PROBES = (
     "supercalifragilistic " * 4,
 )
 
+_SCHEDULE_KEYS = (
+    "_class_name",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_spacing",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class BasePair:
@@ -313,9 +324,9 @@ def _hash(
         for name, tensor in sorted(network.state_dict().items()):
             digest.update(f"{part}.{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().half().cpu().contiguous().numpy().data)
-    schedule = NoiseSchedule.from_config(scheduler)
-    facts = [schedule.prediction, schedule.initial_scale, vae.config.get("scaling_factor")]  # type: ignore[operator, union-attr]
-    digest.update(schedule.abar.numpy().data)
-    digest.update(json.dumps(facts).encode())
+    # The settings, not the numbers made from them: those may differ in the last bit elsewhere.
+    schedule = {key: scheduler.get(key) for key in _SCHEDULE_KEYS}
+    scaling = [vae.config.get(key) for key in ("scaling_factor", "shift_factor")]  # type: ignore[operator, union-attr]
+    digest.update(json.dumps([schedule, scaling], sort_keys=True).encode())
     digest.update(_tokenizer_facts(tokenizer).encode())
     return digest.hexdigest()

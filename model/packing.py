@@ -62,7 +62,7 @@ def per_concept_mean(values: torch.Tensor, concept: torch.Tensor, n: int) -> tor
     """
     block = block_size(concept, n)
     if block is not None:
-        return values.view(n, block).mean(dim=1)
+        return values.reshape(n, block).mean(dim=1)
     index = concept.to(values.device)
     zeros = torch.zeros(n, dtype=values.dtype, device=values.device)
     counts = zeros.index_add(0, index, torch.ones_like(values)).clamp_min(1)
