@@ -16,6 +16,7 @@ from model.base_pair import BasePair
 from model.batch import Batch
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import Backbone, DiscriminatorHeads, Features
+from model.errors import InputError
 from model.identity import ImageProjection, identity_features
 from model.packing import per_concept_mean
 from model.schedule import LAST_STEP
@@ -50,7 +51,13 @@ class Frozen:
         identity: Backbone | None = None,
         projection: ImageProjection | None = None,
     ) -> "Frozen":
-        """Put the frozen networks together; the first backbone serves as `G` when none is given."""
+        """Put the frozen networks together; the first backbone serves as `G` when none is given.
+
+        Raises:
+            InputError: when there is no backbone at all.
+        """
+        if not backbones and identity is None:
+            raise InputError("No feature backbone is given; set at least one CLIP directory.")
         empty = encode(pair.text_encoder, tokenize(pair.tokenizer, [""]))
         return cls(pair, tuple(backbones), identity or backbones[0], projection, empty)
 
@@ -234,7 +241,7 @@ def _perceptual_loss(
     if batch.directions is not None:
         distance = losses.ms_swd(mine.images, theirs.images, batch.directions)
         return losses.SWD_FACTOR * target.weight * distance
-    backbone = frozen.backbones[0]
+    backbone = (*frozen.backbones, frozen.identity)[0]
     return target.weight * losses.lpips(mine(backbone).layers, theirs(backbone).layers)
 
 

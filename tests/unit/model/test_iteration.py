@@ -9,6 +9,7 @@ import torch
 
 from model.batch import ConceptData
 from model.discriminators import load_backbone
+from model.errors import InputError
 from model.iteration import (
     Frozen,
     alignment_target,
@@ -64,6 +65,21 @@ def test_weights_scale_their_losses(frozen: Frozen, concepts: tuple[ConceptData,
     assert torch.allclose(scaled["rec"], 3 * plain["rec"])
     wanted = 2 * plain["mse"] + plain["id"] / 2 + plain["perc"] / 4 + 4 * plain["adv"]
     assert torch.allclose(scaled["total"], wanted, rtol=1e-4)
+
+
+def test_without_discriminators_the_identity_encoder_is_enough(
+    frozen: Frozen, concepts: tuple[ConceptData, ...]
+) -> None:
+    lone = Frozen.build(frozen.pair, [], identity=frozen.identity)
+    settings = LossSettings(adv_weight=0, perceptual="lpips")
+    own, batch = trained(lone, concepts[:1]), draw(lone.pair, concepts[:1], loss=settings)
+    _, states = teacher_loss(lone, own.teacher, batch, settings)
+    drawn = student_draw(lone, own.student, states, batch)
+    target = alignment_target(lone, own.teacher, states, drawn, batch, settings)
+    result = student_loss(lone, own.heads, drawn, target, batch, settings)
+    assert set(result.parts) == {"mse", "id", "perc"} and not result.fake_features
+    with pytest.raises(InputError, match="No feature backbone"):
+        Frozen.build(frozen.pair, [])
 
 
 def test_guidance_changes_the_target(frozen: Frozen, concepts: tuple[ConceptData, ...]) -> None:
