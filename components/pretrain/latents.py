@@ -1,0 +1,101 @@
+"""Stage "latents": the world as latents, captions and masks, held in memory by the later stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from components.pretrain import networks
+from components.pretrain.world import World
+
+
+@dataclass
+class LatentSet:
+    """N compositions on the device.
+
+    Attributes:
+        latents: [N, C, h, w], unit variance.
+        ids: caption tokens [N, L], int16.
+        cover: how much of each latent pixel the subject covers [N, 1, h, w], 0..255.
+        text: text states of the captions [N, L, d].
+        empty: text states of the empty caption [1, L, d].
+    """
+
+    latents: Tensor
+    ids: Tensor
+    cover: Tensor
+    text: Tensor
+    empty: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@torch.no_grad()
+def encode_world(world: World, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+                 tokenizer: CLIPTokenizer, count: int, dtype: torch.dtype, seed: int = 55,
+                 batch: int = 1024) -> LatentSet:
+    """Draw `count` compositions and encode them (float32 networks in; bf16 runs on GPUs)."""
+    table, gen, dev = world.captioner.table(tokenizer), world.generator(seed), world.device
+    coder, reader = vae.to(dev, dtype), text_encoder.to(dev, dtype)
+    side, channels = networks.LATENT_SIDE, networks.LATENT_CHANNELS
+    out = LatentSet(
+        torch.empty(count, channels, side, side, dtype=dtype, device=dev),
+        torch.empty(count, networks.TEXT_LENGTH, dtype=torch.int16, device=dev),
+        torch.empty(count, 1, side, side, dtype=torch.uint8, device=dev),
+        torch.empty(count, networks.TEXT_LENGTH, networks.TEXT_WIDTH, dtype=dtype, device=dev),
+        reader(empty_ids(tokenizer).to(dev)).last_hidden_state)
+    for start in range(0, count, batch):
+        rows = slice(start, min(count, start + batch))
+        scenes = world.sample(rows.stop - start, gen)
+        ids = table(world.captions(scenes, gen))
+        pictures, cover = world.render(scenes)
+        posterior = coder.encode(pictures.to(dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, device=dev, generator=gen)
+        out.latents[rows] = (posterior.mean + posterior.std * noise).to(dtype)
+        out.ids[rows] = ids.to(torch.int16)
+        out.cover[rows] = F.avg_pool2d(cover, 8).mul(255).round().to(torch.uint8)
+        out.text[rows] = reader(ids).last_hidden_state
+    return out
+
+
+def empty_ids(tokenizer: CLIPTokenizer) -> Tensor:
+    """Tokens of the empty prompt [1, L]."""
+    return tokenizer("", padding="max_length", return_tensors="pt").input_ids
+
+
+@dataclass
+class Noising:
+    """The noise schedule on the device: v-prediction algebra (Salimans & Ho 2022)."""
+
+    abar: Tensor
+
+    def split(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), each [B, 1, 1, 1]."""
+        a = self.abar[t].view(-1, 1, 1, 1)
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t."""
+        a, s = self.split(t)
+        return a * z0 + s * noise
+
+    def v(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The target of v-prediction."""
+        a, s = self.split(t)
+        return a * noise - s * z0
+
+    def z0(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Estimate of z_0 from a v-prediction."""
+        a, s = self.split(t)
+        return a * z_t - s * v
+
+    def noise(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Estimate of the noise from a v-prediction."""
+        a, s = self.split(t)
+        return a * v + s * z_t
