@@ -81,6 +81,20 @@ def test_every_part_of_a_request_counts(tiny_pair: BasePair, adapters: list[Adap
             assert off(pictures[i], pictures[j]) > 1
 
 
+def test_versions_of_one_concept_are_never_mixed_up(tmp_path: Path, tiny_pair: BasePair) -> None:
+    versions = []
+    for seed in range(3):
+        write_adapter(tmp_path / str(seed), tiny_pair, "rex", seed)
+        versions.append(load_adapter(tmp_path / str(seed)))
+    requests = [PictureRequest("a photo of <new1> dog", 1, 1, version) for version in versions * 2]
+    engine = Engine(tiny_pair)
+    pictures = engine.draw(requests)
+    assert engine.keys_values_misses == 3
+    for request, picture in zip(requests, pictures, strict=True):
+        assert off(Engine(tiny_pair).draw([request])[0], picture) <= 1
+    assert off(pictures[0], pictures[1]) > 1 and off(pictures[1], pictures[2]) > 1
+
+
 def test_order_of_a_batch_does_not_matter(tiny_pair: BasePair, adapters: list[Adapter]) -> None:
     requests = mixture(adapters)
     forward = Engine(tiny_pair).draw(requests)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from model.adapter import AdapterInfo, save_adapter
 from model.errors import ServiceError
 from serve.endpoint import free_port
 from serve.engine import Engine
@@ -211,6 +213,24 @@ def test_adapter_that_is_not_what_its_tag_says_is_never_served(
         store.adapter(pinned(pointers, "fox"))
 
 
+def test_adapter_that_would_spoil_a_batch_is_never_served(
+    shelf: Shelf, door: Door, tmp_path: Path
+) -> None:
+    model = shelf.folder / "dog-1"
+    adapter = model / "artifacts" / "adapter"
+    sha256 = save_adapter(
+        adapter,
+        pair=shelf.pair,
+        info=AdapterInfo("dog", "dog", ("<new1>",)),
+        student_kv=shelf.pair.student_kv,
+        token_rows=torch.full((1, shelf.pair.student_kv.shape[1]), torch.nan),
+    )
+    shelf.add_folder("dog", model, sha256)
+    store = make_store(shelf, door, tmp_path / "cache")
+    with pytest.raises(BadVersionError):
+        store.adapter(pinned(make_pointers(door, Clock()), "dog"))
+
+
 def test_cache_that_cannot_be_written_is_one_sentence(
     shelf: Shelf, door: Door, tmp_path: Path
 ) -> None:
@@ -261,6 +281,25 @@ def test_what_is_known_stands_while_the_registry_is_away(shelf: Shelf, door: Doo
     while pointers.registry_away:
         pinned(pointers, "dog")
     assert pinned(pointers, "dog").version == second
+
+
+def test_dead_registry_is_asked_seldom_and_waited_for_once(shelf: Shelf, door: Door) -> None:
+    shelf.add("dog", 1)
+    clock = Clock()
+    pointers = make_pointers(door, clock, registry_seconds=600.0)
+    pinned(pointers, "dog")
+    door.shut = True
+    clock.now = 10.0
+    pinned(pointers, "dog")
+    assert pointers.registry_away and door.finds == 2
+    clock.now = 11.9
+    assert pointers.known("dog", "champion") is not None
+    door.held.clear()
+    clock.now = 20.0
+    try:
+        pinned(pointers, "dog")  # would wait for ten minutes if it waited at all
+    finally:
+        door.held.set()
 
 
 def test_slow_registry_holds_nobody_who_has_an_answer(shelf: Shelf, door: Door) -> None:
