@@ -100,13 +100,15 @@ def _rows(outcome: ConceptOutcome) -> list[Row]:
     drawn = outcome.drawn
 
     def row(title: str, paths: Sequence[Path], captions: Sequence[str]) -> Row:
-        pictures = (Picture(p, c) for p, c in zip(paths, captions, strict=True))
+        # No paths: the teacher's adapter was not kept.
+        pictures = (Picture(p, c) for p, c in zip(paths, captions if paths else (), strict=True))
         return Row(title, tuple(pictures))
 
     plain = [words.replace(f"{_token(outcome)} ", "") for words in drawn.words]
     rows = [
         row("References", outcome.references, [p.stem for p in outcome.references]),
         row("Teacher before, many steps", drawn.teacher_before, plain),
+        row("Teacher after, many steps", drawn.teacher_after, drawn.words),
         row("Student before, one step", drawn.student_before, plain),
         row("Student after, one step", drawn.student_after, drawn.words),
         row(
@@ -115,9 +117,7 @@ def _rows(outcome: ConceptOutcome) -> list[Row]:
             [answer.prompt for answer in outcome.answers],
         ),
     ]
-    if drawn.teacher_after:
-        rows.insert(3, row("Teacher after, many steps", drawn.teacher_after, drawn.words))
-    return rows
+    return [row for row in rows if row.pictures]
 
 
 def _token(outcome: ConceptOutcome) -> str:
@@ -173,6 +173,6 @@ def _report(spec: RunSpec, outcomes: Sequence[ConceptOutcome], summary: dict[str
             f"Metrics: {spec.evaluate.prompts} prompts, {spec.evaluate.seeds} seeds, features of "
             f"{spec.base.metric_clip} and {spec.base.metric_dino}; they are not comparable with "
             'those of other feature models. "Before" is the base asked for the class noun alone.',
-            "Every picture of a row was drawn from the same seed as the one above it.",
+            "The pictures of a column were drawn from one seed, before and after.",
         ),
     )

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+
+from components.ingest.cache import replacing
 
 # A curve is drawn in a box of this size (SVG user units), inside margins for its labels.
 CHART_WIDTH, CHART_HEIGHT = 320, 150
@@ -174,40 +176,41 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Writes the report whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.write_text(render(report), encoding="utf-8")
-    aside.replace(path)
+    """Write the report whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(render(report), encoding="utf-8")
 
 
-def picture_grid(rows: Sequence[Row], path: Path, cell: int = 128) -> None:
-    """One PNG with a line of pictures for every row, its title at the left."""
+def picture_grid(rows: Sequence[Row], path: Path, cell: int = 144) -> None:
+    """Write one PNG with a line of pictures for every row, its title at the left."""
     columns = max((len(row.pictures) for row in rows), default=1)
-    margin, title_width, line = 6, 150, 16
-    width = title_width + columns * (cell + margin) + margin
-    height = len(rows) * (cell + margin + line) + margin
-    sheet = Image.new("RGB", (width, height), "white")
+    margin, title_width, text_height = 8, 150, 30
+    step = cell + margin + text_height
+    sheet = Image.new(
+        "RGB", (title_width + columns * (cell + margin), len(rows) * step + margin), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for index, row in enumerate(rows):
-        top = margin + index * (cell + margin + line)
-        pen.multiline_text((margin, top + cell // 3), _broken(row.title, 22), fill="black")
+        top = margin + index * step
+        title = _wrapped(pen, row.title, title_width - 2 * margin, lines=6)
+        pen.multiline_text((margin, top + cell // 3), title, fill="black")
         for column, picture in enumerate(row.pictures):
             left = title_width + column * (cell + margin)
             with Image.open(picture.path) as opened:
-                image = opened.convert("RGB")
-            image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+                image = ImageOps.contain(opened.convert("RGB"), (cell, cell))
             sheet.paste(image, (left, top))
-            pen.text((left, top + cell + 1), picture.caption[: cell // 6], fill="#555555")
-    aside = path.with_name(f".{path.name}.part")
-    sheet.save(aside, "PNG")
-    aside.replace(path)
+            caption = _wrapped(pen, picture.caption, cell, lines=2)
+            pen.multiline_text((left, top + cell + 1), caption, fill="#555555", spacing=1)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
-def _broken(text: str, width: int) -> str:
-    lines: list[str] = []
+def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: float, lines: int) -> str:
+    """Break a text into lines of at most `width` pixels; what is too long is cut."""
+    broken: list[str] = []
     for word in text.split():
-        if lines and len(lines[-1]) + len(word) < width:
-            lines[-1] += f" {word}"
+        if broken and pen.textlength(f"{broken[-1]} {word}") <= width:
+            broken[-1] += f" {word}"
         else:
-            lines.append(word)
-    return "\n".join(lines)
+            broken.append(word)
+    return "\n".join(broken[:lines])

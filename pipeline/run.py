@@ -218,7 +218,7 @@ class _Runner:
             bases=BasePaths.from_spec(spec),
             run_name=name,
             tracking=TrackingSettings(self._registry, spec.tracking.experiment),
-            progress=_relay(self._progress),
+            progress=relay(self._progress),
         )
         results = {}
         for concept, made in zip(pack, trained, strict=True):
@@ -261,8 +261,8 @@ def _decided(result: ConceptResult, decision: Decision) -> ConceptResult:
     return replace(result, promoted=decision.promoted, note=note)
 
 
-def _relay(progress: Progress) -> Any:
-    """Turn training's events into ours; a listener that raises is heard by the run's end."""
+def relay(progress: Progress) -> Callable[[TrainEvent], None]:
+    """Turn training's events into ours."""
 
     def listen(event: TrainEvent) -> None:
         parts = [f"{name} {value:.3g}" for name, value in event.losses.items()]

@@ -1,0 +1,108 @@
+"""`echodistill train` and `generate` from outside."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.integration.pipeline.commands import Finished, run, start
+from tests.integration.pipeline.processes import MARK, left_behind, marked, new_mark
+
+QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
+
+
+def refused(done: Finished, code: int, *words: str) -> None:
+    assert done.code == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.document["error"] == {"message": done.error, "exit_code": code}
+    for word in words:
+        assert word in done.error, done.error
+
+
+def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) -> None:
+    base = ("--base", str(tiny_base))
+    mark = new_mark()
+    done = run(
+        "train", str(concepts / "my-dog"), *base, *QUICK, "--json", cwd=tmp_path, **{MARK: mark}
+    )
+    assert done.code == 0, done.stderr
+    (dog,) = done.document["concepts"]
+    assert dog["id"] == "my-dog" and dog["state"] == "trained" and dog["error"] is None
+    assert dog["version"] == "1" and len(dog["sha256"]) == 64 and dog["seconds"] > 0
+    assert "train: my-dog" in done.stderr
+    assert left_behind(mark) == {}
+
+    words = ("generate", "my-dog", "a dog on the beach", "--n", "2", "-o", "pictures", "--json")
+    made = run(*words, cwd=tmp_path)
+    assert made.code == 0, made.stderr
+    document = made.document
+    assert document["sha256"] == dog["sha256"] and document["seeds"] == [0, 1]
+    assert document["prompt"] == "a <new1> dog on the beach"
+    paths = [tmp_path / path for path in document["image_paths"]]
+    first = [path.read_bytes() for path in paths]
+    assert Image.open(paths[0]).size == (32, 32) and first[0] != first[1]
+    run(*words, cwd=tmp_path)
+    assert [path.read_bytes() for path in paths] == first, "the same seeds, other pictures"
+
+    refused(run("generate", "my-cat", "a cat", "--json", cwd=tmp_path), 2, "my-cat", "train it")
+    refused(run("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
+
+
+def test_ctrl_c_ends_everything_that_was_started(
+    tiny_base: Path, concepts: Path, tmp_path: Path
+) -> None:
+    mark = new_mark()
+    arguments = ("train", str(concepts), "--base", str(tiny_base), "--json")
+    slow = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=1")
+    process = start(*arguments, *slow, cwd=tmp_path, **{MARK: mark})
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:  # until it trains
+            if "train: my-dog" in line and "s/it" in line:
+                break
+        assert len(marked(mark)) > 3
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # an impatient person
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout)["error"]["exit_code"] == 130
+    assert "Traceback" not in stderr
+    assert left_behind(mark) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--base", "pokcet"], ["pokcet", "pocket"]),
+        (["--set", "train.iteratons=5"], ["train.iteratons", "train.iterations"]),
+        (["--set", "train.iterations=-5"], ["train.iterations", "-5"]),
+        (["--set", "train.zero_stage=4"], ["train.zero_stage", "4"]),
+        (["--spec", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--spec", "typo.yaml"], ["typo.yaml", "'los'", "'loss'"]),
+        (["--set", "tracking.enabled=false"], ["tracking.enabled"]),
+    ],
+    ids=lambda value: "",
+)
+def test_a_wrong_setting_is_one_sentence(
+    concepts: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "typo.yaml").write_text("preset: pocket\nlos:\n  mse_weight: 2\n")
+    done = run("train", str(concepts), *arguments, "--json", cwd=tmp_path)
+    refused(done, 2, *words)
+    # Nothing was begun: the sentence comes before Ray.
+    assert "ray:" not in done.stderr
+
+
+def test_an_mlflow_server_that_is_away(tiny_base: Path, concepts: Path, tmp_path: Path) -> None:
+    done = run(
+        "train", str(concepts), "--base", str(tiny_base), *QUICK, "--json", cwd=tmp_path,
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    )  # fmt: skip
+    refused(done, 3, "http://127.0.0.1:9")
+    assert "ray:" not in done.stderr

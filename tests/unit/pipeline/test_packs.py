@@ -1,0 +1,34 @@
+"""Planning packs, and training's events as ours."""
+
+import pytest
+
+from components.ingest.concept_folder import Concept
+from components.train.progress import TrainEvent
+from pipeline.progress import Event
+from pipeline.run import packs, relay
+
+
+def named(count: int) -> list[Concept]:
+    return [Concept(f"c{i}", "dog", "<new1>", "dog", True, ()) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [(0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [2, 3]), (9, 4, [3, 3, 3]), (3, 1, [1, 1, 1])],
+)
+def test_packs_are_even_and_keep_the_order(count: int, size: int, sizes: list[int]) -> None:
+    concepts = named(count)
+    planned = list(packs(concepts, size))
+    assert [len(pack) for pack in planned] == sizes
+    assert [concept for pack in planned for concept in pack] == concepts
+
+
+def test_training_events_say_iterations_pace_and_losses() -> None:
+    heard: list[Event] = []
+    listen = relay(heard.append)
+    listen(TrainEvent("fox", 10, 100, "main", {"mse": 0.12345}, 0.5))
+    listen(TrainEvent("fox", 100, 100, "done"))
+    assert heard == [
+        Event("train", "fox", "0.50 s/it mse 0.123", 10, 100),
+        Event("train", "fox", "done", 100, 100),
+    ]
