@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from diffusers.utils import logging as diffusers_logging
 
-from model.errors import EchoDistillError
+from model.errors import EchoDistillError, InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False,
-                  help="Make the pocket base pair that ships with the project.")
+if TYPE_CHECKING:
+    from components.pretrain.pair import Painter, Pair
+    from components.pretrain.world import World
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Make the pocket base pair that ships with the project.",
+)
 Work = Annotated[Path, typer.Option(help="Folder of the world, the downloads and the state.")]
 Device = Annotated[str, typer.Option(help="cuda or cpu.")]
 _WORK = Path("build/pocket")
@@ -40,8 +48,9 @@ def train(
     from components.pretrain.recipe import DRY, STAGES, Kitchen, Recipe
     from components.pretrain.training import Clock, OutOfTime
 
-    kitchen = Kitchen(DRY if dry else Recipe(), work / "world", work / "state", Clock(seconds),
-                      device)
+    _built_world(work)
+    state = work / ("state-dry" if dry else "state")
+    kitchen = Kitchen(DRY if dry else Recipe(), work / "world", state, Clock(seconds), device)
     for stage in [s for s in stages.split(",") if s] or STAGES:
         try:
             kitchen.cook(stage)
@@ -51,17 +60,31 @@ def train(
 
 
 @app.command()
-def evaluate(work: Work = _WORK, device: Device = _DEVICE, count: int = 96) -> None:
-    """Measure the finished pair; writes evaluation.json and grid.png."""
-    from components.pretrain.evaluate import PROMPTS, grid, measure
-    from components.pretrain.recipe import Recipe, finished_painter
+def evaluate(
+    work: Work = _WORK,
+    pair: Annotated[str, typer.Option(help="trained (in WORK/state) or shipped.")] = "shipped",
+    device: Device = _DEVICE,
+    count: Annotated[int, typer.Option(help="Compositions for text agreement; 0: none.")] = 96,
+    samples: Annotated[Path | None, typer.Option(help="Write a grid of pictures there.")] = None,
+    speed: Annotated[bool, typer.Option(help="Time the parts of one picture.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+) -> None:
+    """Print the pair's figures as JSON; text agreement needs the built world, the rest does not."""
+    from components.pretrain import evaluate as of
 
-    painter, clip, world = finished_painter(Recipe(), work, device)
-    figures = measure(painter, clip, world, count)
-    (work / "evaluation.json").write_text(json.dumps(figures, indent=2))
-    rows = [painter.teach(PROMPTS, 1), painter.draw(PROMPTS, 1), painter.draw(PROMPTS, 1, 4)]
-    grid(torch.cat(rows), 12).save(work / "grid.png")
-    typer.echo(json.dumps(figures))
+    if threads:
+        torch.set_num_threads(threads)
+    world = _world(work, device) if count else None
+    networks, painter = _pair(pair, work, device)
+    figures: dict[str, float] = dict(of.parameters(networks))
+    if world:
+        figures |= of.measure(painter, networks.clip, world, count)
+    if speed:
+        figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
+    if samples:
+        picture = of.samples(painter)
+        picture.quantize(256).save(samples, optimize=True)
+    typer.echo(json.dumps(figures, indent=2))
 
 
 @app.command("export")
@@ -69,12 +92,38 @@ def export_pair(work: Work = _WORK, out: Path = Path("model/pocket")) -> None:
     """Pack the finished pair, its folders' configuration and the sample concepts into `out`."""
     from components.pretrain.export import export
 
+    _built_world(work)
     export(work / "state", work / "world", out)
     typer.echo(f"{out}")
 
 
+def _built_world(work: Path) -> None:
+    if not (work / "world" / "world.json").exists():
+        raise InputError(f"No world is built in {work / 'world'}: run build-world first.")
+
+
+def _world(work: Path, device: str) -> World:
+    from components.pretrain.world import World
+
+    _built_world(work)
+    return World(work / "world", device)
+
+
+def _pair(which: str, work: Path, device: str) -> tuple[Pair, Painter]:
+    from components.pretrain.pair import Painter, shipped_pair, trained_pair
+
+    if which not in ("trained", "shipped"):
+        raise InputError(f"--pair {which!r} is neither 'trained' nor 'shipped'.")
+    if which == "shipped":
+        networks = shipped_pair()
+    else:
+        networks = trained_pair(work / "state", work / "world")
+    return networks, Painter(networks, device)
+
+
 def main() -> None:
     """Run the command; errors of the project are one sentence and their exit code."""
+    diffusers_logging.set_verbosity_error()  # it warns at every cast of a network, which is meant
     try:
         app()
     except EchoDistillError as error:

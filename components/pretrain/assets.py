@@ -35,21 +35,54 @@ class Package:
 
 
 PACKAGES = {
-    "3d": Package("npm", "@lobehub/fluent-emoji-3d", "1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
-                  "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT"),
-    "flat": Package("npm", "@iconify-json/fluent-emoji-flat", "1.2.6",
-                    "iconify-json-fluent-emoji-flat-1.2.6.tgz",
-                    "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT"),
-    "noto": Package("npm", "@iconify-json/noto", "1.2.9", "iconify-json-noto-1.2.9.tgz",
-                    "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-                    "Apache-2.0"),
-    "twemoji": Package("npm", "@iconify-json/twemoji", "1.2.5", "iconify-json-twemoji-1.2.5.tgz",
-                       "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-                       "CC BY 4.0"),
-    "names": Package("npm", "unicode-emoji-json", "0.9.0", "unicode-emoji-json-0.9.0.tgz",
-                     "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401", "MIT"),
-    "bpe": Package("pypi", "open_clip_torch", "3.3.0", "open_clip_torch-3.3.0-py3-none-any.whl",
-                   "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce", "MIT"),
+    "3d": Package(
+        "npm",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "MIT",
+    ),
+    "flat": Package(
+        "npm",
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "iconify-json-fluent-emoji-flat-1.2.6.tgz",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "MIT",
+    ),
+    "noto": Package(
+        "npm",
+        "@iconify-json/noto",
+        "1.2.9",
+        "iconify-json-noto-1.2.9.tgz",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0",
+    ),
+    "twemoji": Package(
+        "npm",
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "iconify-json-twemoji-1.2.5.tgz",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "CC BY 4.0",
+    ),
+    "names": Package(
+        "npm",
+        "unicode-emoji-json",
+        "0.9.0",
+        "unicode-emoji-json-0.9.0.tgz",
+        "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
+        "MIT",
+    ),
+    "bpe": Package(
+        "pypi",
+        "open_clip_torch",
+        "3.3.0",
+        "open_clip_torch-3.3.0-py3-none-any.whl",
+        "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
+        "MIT",
+    ),
 }
 
 
@@ -63,14 +96,27 @@ def fetch(folder: Path) -> dict[str, Path]:
             spec = f"{package.name}@{package.version}"
             command = ["npm", "pack", "--silent", spec, "--pack-destination", str(folder)]
             if package.registry == "pypi":
-                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
-                           str(folder), f"{package.name}=={package.version}"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--no-deps",
+                    "-d",
+                    str(folder),
+                    f"{package.name}=={package.version}",
+                ]
             if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-                raise ServiceError(f"Could not fetch {spec} from the {package.registry} registry: "
-                                   "check the network and that npm and pip work here.")
+                raise ServiceError(
+                    f"Could not fetch {spec} from the {package.registry} registry: "
+                    "check the network and that npm and pip work here."
+                )
         if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
-            raise ServiceError(f"{path} is not the file that was pinned (sha256 differs): "
-                               "delete it and run build-world again.")
+            raise ServiceError(
+                f"{path} is not the file that was pinned (sha256 differs): "
+                "delete it and run build-world again."
+            )
         paths[key] = path
     return paths
 
@@ -93,11 +139,17 @@ class SpriteSource:
     def __init__(self, archives: dict[str, Path]) -> None:
         by_emoji = json.loads(read_member(archives["names"], "data-by-emoji.json"))
         self.emoji = {entry["name"]: char for char, entry in by_emoji.items()}
-        self.icons = {style: json.loads(read_member(archives[style], "/icons.json"))
-                      for style in STYLES if style != "3d"}
+        self.icons = {
+            style: json.loads(read_member(archives[style], "/icons.json"))
+            for style in STYLES
+            if style != "3d"
+        }
         with tarfile.open(archives["3d"]) as tar:
-            self.webp = {Path(m.name).stem: file.read() for m in tar.getmembers()
-                         if m.name.endswith(".webp") and (file := tar.extractfile(m))}
+            self.webp = {
+                Path(m.name).stem: file.read()
+                for m in tar.getmembers()
+                if m.name.endswith(".webp") and (file := tar.extractfile(m))
+            }
 
     def draw(self, style: str, name: str) -> Image.Image | None:
         """RGBA picture of the emoji called `name`, or None where the style lacks it."""
@@ -124,25 +176,29 @@ class SpriteSource:
         width = icon.get("width", pack.get("width", 16))
         height = icon.get("height", pack.get("height", 16))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        return ('<svg xmlns="http://www.w3.org/2000/svg" '
-                'xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{box}" width="256" height="256">{icon["body"]}</svg>')
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" '
+            'xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{box}" width="256" height="256">{icon["body"]}</svg>'
+        )
 
 
 def fit(image: Image.Image) -> NDArray[np.uint8]:
     """Crop to the drawn part and scale into [128, 128, 4], premultiplied RGBA."""
     rgba = np.asarray(image.convert("RGBA")).astype(np.float32)
     ys, xs = np.where(rgba[..., 3] > 8)
-    rgba = rgba[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
+    rgba = rgba[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
     rgba[..., :3] *= rgba[..., 3:] / 255
     height, width = rgba.shape[:2]
     scale = (SPRITE_PX - 4) / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    planes = [np.asarray(Image.fromarray(rgba[..., c]).resize(size, Image.Resampling.LANCZOS))
-              for c in range(4)]
+    planes = [
+        np.asarray(Image.fromarray(rgba[..., c]).resize(size, Image.Resampling.LANCZOS))
+        for c in range(4)
+    ]
     out = np.zeros((SPRITE_PX, SPRITE_PX, 4), np.float32)
     top, left = (SPRITE_PX - size[1]) // 2, (SPRITE_PX - size[0]) // 2
-    out[top:top + size[1], left:left + size[0]] = np.stack(planes, -1)
+    out[top : top + size[1], left : left + size[0]] = np.stack(planes, -1)
     return out.clip(0, 255).round().astype(np.uint8)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from components.pretrain import networks
@@ -21,13 +21,17 @@ class Critic(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Conv2d(3, width, 4, 2, 1)])
         for k, stride in ((1, 2), (2, 2), (4, 1)):
-            self.blocks.append(nn.Sequential(
-                nn.LeakyReLU(0.2), nn.Conv2d(width * k, width * min(4, 2 * k), 4 if stride == 2
-                                             else 3, stride, 1), nn.GroupNorm(8, width *
-                                                                              min(4, 2 * k))))
+            self.blocks.append(
+                nn.Sequential(
+                    nn.LeakyReLU(0.2),
+                    nn.Conv2d(width * k, width * min(4, 2 * k), 4 if stride == 2 else 3, stride, 1),
+                    nn.GroupNorm(8, width * min(4, 2 * k)),
+                )
+            )
         self.score = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(width * 4, 1, 3, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Scores [B, 1, h, w] of pictures [B, 3, H, W], and every block's features."""
         features = []
         for block in self.blocks:
             x = block(x)
@@ -46,7 +50,7 @@ def train_vae(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Tra
     trainee = Trainee(networks.vae(), world.device, dtype, (0.9, 0.99), ema=0.998)
     critic = Trainee(Critic(), world.device, dtype, (0.5, 0.9), ema=0.9)
     stage.resume({"vae": trainee, "critic": critic})
-    gen = world.generator(33 + stage.step)
+    gen = world.generator(33)
 
     def step(i: int) -> dict[str, Tensor]:
         rate = cosine(i, stage.total, 1.0)
@@ -59,8 +63,9 @@ def train_vae(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Tra
         z = mu + spread * torch.randn(mu.shape, device=mu.device, generator=gen)
         y = trainee.net.decode(z.to(dtype)).sample
         distance = (y.float() - x).abs().mean() + 2 * (y.float() - x).square().mean()
-        distance = distance + 0.5 * mean((a - b).abs().mean() for a, b in
-                                         zip(edges(y.float()), edges(x), strict=True))
+        distance = distance + 0.5 * mean(
+            (a - b).abs().mean() for a, b in zip(edges(y.float()), edges(x), strict=True)
+        )
         kl = 0.5 * (mu.square() + spread.square() - 1 - 2 * spread.log()).mean()
         loss = distance + 2e-4 * kl
         logs = {"psnr": 10 * torch.log10(4 / (y.float() - x).square().mean()), "kl": kl}
@@ -72,7 +77,7 @@ def train_vae(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Tra
             logs["critic"] = _train_critic(critic, x.to(dtype), y.detach())
         return logs
 
-    stage.run({"vae": trainee, "critic": critic}, step)
+    stage.run({"vae": trainee, "critic": critic}, step, gen)
     return trainee
 
 
@@ -92,11 +97,21 @@ def _train_critic(critic: Trainee, x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fold_statistics(vae: AutoencoderKL, world: World, batches: int = 8) -> AutoencoderKL:
-    """Fold the latents' mean and spread into the 1x1 convolutions: scaling factor 1, unit latents."""
+def fold_statistics(vae: Any, world: World, count: int) -> Any:
+    """Fold the latents' mean and spread into the 1x1 convolutions: scaling factor 1, unit latents.
+
+    Args:
+        vae: the trained AutoencoderKL, float32.
+        world: draws the pictures that are measured.
+        count: how many.
+    """
     gen = world.generator(44)
-    means = torch.cat([vae.encode(world.render(world.sample(64, gen))[0]).latent_dist.mean
-                       for _ in range(batches)])
+    means = torch.cat(
+        [
+            vae.encode(world.render(world.sample(min(64, count - start), gen))[0]).latent_dist.mean
+            for start in range(0, count, 64)
+        ]
+    )
     mu, sd = means.mean((0, 2, 3)), means.std((0, 2, 3))
     folded = freeze(copy.deepcopy(vae))
     c = len(mu)
@@ -107,4 +122,4 @@ def fold_statistics(vae: AutoencoderKL, world: World, batches: int = 8) -> Autoe
     post.bias += post.weight[:, :, 0, 0] @ mu
     post.weight *= sd.view(1, -1, 1, 1)
     folded.register_to_config(scaling_factor=1.0)
-    return folded  # type: ignore[return-value]
+    return folded

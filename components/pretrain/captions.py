@@ -6,6 +6,7 @@ drawn as indices on the world's device; tokens are looked up, text is joined for
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,21 +22,37 @@ if TYPE_CHECKING:
 SIZES = ("", "small ", "tiny ", "big ")
 PHOTO = ["a photo of"]
 OTHER = [
-    "a picture of", "a rendering of", "a rendition of", "the photo of", "a good photo of",
-    "a bright photo of", "a dark photo of", "a cropped photo of", "a photo of my", "a nice photo of",
-    "a cool photo of", "an image of",
+    "a picture of",
+    "a rendering of",
+    "a rendition of",
+    "the photo of",
+    "a good photo of",
+    "a bright photo of",
+    "a dark photo of",
+    "a cropped photo of",
+    "a photo of my",
+    "a nice photo of",
+    "a cool photo of",
+    "an image of",
 ]
-FAR = ["a very small photo of", "a far away photo of", "a very small picture of",
-       "a far away picture of"]
+FAR = [
+    "a very small photo of",
+    "a far away photo of",
+    "a very small picture of",
+    "a far away picture of",
+]
 NEAR = ["a close up of", "a close up photo of", "a zoomed in photo of", "a close up picture of"]
-BY_STYLE = {"3d": ["a 3d render of", "a 3d render of"], "noto": ["a cartoon of", "a drawing of"],
-            "twemoji": ["a flat icon of", "a sticker of"], "flat": ["a flat icon of",
-                                                                    "a sticker of"]}
+BY_STYLE = {
+    "3d": ["a 3d render of", "a 3d render of"],
+    "noto": ["a cartoon of", "a drawing of"],
+    "twemoji": ["a flat icon of", "a sticker of"],
+    "flat": ["a flat icon of", "a sticker of"],
+}
 NONE = 0  # the empty piece
 
 
 def with_article(words: str, plural: bool) -> str:
-    """"a red fox", "an owl", "grapes"."""
+    """Put the article before: a red fox, an owl, grapes."""
     if plural:
         return words
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -44,18 +61,31 @@ def with_article(words: str, plural: bool) -> str:
 class Captioner:
     """All pieces a caption can have, and how they are drawn for a batch of scenes."""
 
-    def __init__(self, names: list[str], plural: list[bool], colours: list[str],
-                 scenes: list[str], styles: list[str], worn: dict[int, str],
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        plural: list[bool],
+        colours: list[str],
+        scenes: list[str],
+        styles: list[str],
+        worn: dict[int, str],
+        device: torch.device,
+    ) -> None:
         self.device = device
         self.pieces = [""]
         self.n_names, self.n_colours = len(names), len(colours) + 1
         tinted = ["", *(f"{c} " for c in colours)]
-        self.subject = self._add(with_article(size + tint + name, many)
-                                 for size in SIZES for tint in tinted
-                                 for name, many in zip(names, plural, strict=True))
-        self.second = self._add("and " + with_article(tint + name, many) for tint in tinted
-                                for name, many in zip(names, plural, strict=True))
+        self.subject = self._add(
+            with_article(size + tint + name, many)
+            for size in SIZES
+            for tint in tinted
+            for name, many in zip(names, plural, strict=True)
+        )
+        self.second = self._add(
+            "and " + with_article(tint + name, many)
+            for tint in tinted
+            for name, many in zip(names, plural, strict=True)
+        )
         self.photo, self.other = self._group(PHOTO), self._group(OTHER)
         self.far, self.near = self._group(FAR), self._group(NEAR)
         self.far_away = self._add(["far away"])
@@ -70,9 +100,9 @@ class Captioner:
         # phrases of one scene are drawn evenly although the rows are padded by repetition
         self.scene_choices = torch.tensor([len(g) for g in groups], device=device)
 
-    def _add(self, words: object) -> int:
+    def _add(self, words: Iterable[str]) -> int:
         start = len(self.pieces)
-        self.pieces += list(words)  # type: ignore[call-overload]
+        self.pieces += words
         return start
 
     def _group(self, words: list[str]) -> Tensor:
@@ -93,9 +123,11 @@ class Captioner:
         style = self.style[scenes.subject]
         style = style.gather(1, (uniform() * style.shape[1]).long()[:, None])[:, 0]
         lot = uniform()
-        start = torch.where(lot < 0.5, one_of(self.photo),
-                            torch.where(lot < 0.66, style,
-                                        torch.where(lot < 0.85, one_of(self.other), NONE)))
+        start = torch.where(
+            lot < 0.5,
+            one_of(self.photo),
+            torch.where(lot < 0.66, style, torch.where(lot < 0.85, one_of(self.other), NONE)),
+        )
         start = torch.where(small & (lot > 0.75), one_of(self.far), start)
         start = torch.where(close & (lot < 0.8), one_of(self.near), start)
         lot = uniform()
@@ -124,8 +156,9 @@ class Captioner:
 class TokenTable:
     """Token ids of captions, by look-up."""
 
-    def __init__(self, ids: list[list[int]], tokenizer: CLIPTokenizer, device: torch.device
-                 ) -> None:
+    def __init__(
+        self, ids: list[list[int]], tokenizer: CLIPTokenizer, device: torch.device
+    ) -> None:
         width = max(len(i) for i in ids)
         self.tokens = torch.tensor([i + [0] * (width - len(i)) for i in ids], device=device)
         self.lengths = torch.tensor([len(i) for i in ids], device=device)
@@ -143,5 +176,5 @@ class TokenTable:
         out = torch.full((len(pieces), self.length + 1), self.last, device=pieces.device)
         out.scatter_(1, place, self.tokens[pieces].flatten(1))
         out[:, 0] = self.first
-        out[:, self.length - 1:] = self.last
-        return out[:, :self.length]
+        out[:, self.length - 1 :] = self.last
+        return out[:, : self.length]

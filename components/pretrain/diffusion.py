@@ -1,36 +1,36 @@
-"""Stages "teacher" (many steps) and "student" (one to four steps, distilled from the teacher)."""
+"""Stage "teacher": denoising in many steps; and how it is sampled, with guidance."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.pretrain import networks
 from components.pretrain.latents import LatentSet, Noising
-from components.pretrain.training import Stage, Trainee, cosine, freeze, graphed, mean
+from components.pretrain.training import Stage, Trainee, cosine, graphed
 
 GUIDANCE = 3.0  # of the teacher, while it teaches
 SUBJECT_WEIGHT = 2.5  # extra weight of latent pixels under the subject: it is what is hard
 
 
-def predict(net: nn.Module, z: Tensor, t: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
+def predict(net: Any, z: Tensor, t: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
     """v-prediction, float32."""
-    return net(z.to(dtype), t, text.to(dtype)).sample.float()  # type: ignore[no-any-return]
+    out: Tensor = net(z.to(dtype), t, text.to(dtype)).sample
+    return out.float()
 
 
-def train_teacher(stage: Stage, data: LatentSet, dtype: torch.dtype, batch: int,
-                  compiled: bool) -> Trainee:
+def train_teacher(
+    stage: Stage, data: LatentSet, dtype: torch.dtype, batch: int, compiled: bool
+) -> Trainee:
     """Denoising with v-prediction, 10 % of the captions left out for guidance."""
     dev = data.latents.device
     torch.manual_seed(4)
     trainee = Trainee(networks.unet(), dev, dtype, (0.9, 0.99), 0.01, ema=0.9993)
     stage.resume({"teacher": trainee})
-    net = torch.compile(trainee.net) if compiled else trainee.net
-    gen = torch.Generator(dev).manual_seed(66 + stage.step)
+    net: Any = torch.compile(trainee.net) if compiled else trainee.net
+    gen = torch.Generator(dev).manual_seed(66)
     noising = Noising(networks.alphas_cumprod(dev))
 
     def one() -> Tensor:
@@ -52,13 +52,21 @@ def train_teacher(stage: Stage, data: LatentSet, dtype: torch.dtype, batch: int,
         trainee.lr.fill_(cosine(i, stage.total, 1.2e-3, warm=300, floor=0.01))
         return {"loss": run()}
 
-    stage.run({"teacher": trainee}, step, every=500)
+    stage.run({"teacher": trainee}, step, gen, every=500)
     return trainee
 
 
 @torch.no_grad()
-def guided(net: nn.Module, noising: Noising, z: Tensor, t: Tensor, text: Tensor, empty: Tensor,
-           dtype: torch.dtype, guidance: float = GUIDANCE) -> Tensor:
+def guided(
+    net: Any,
+    noising: Noising,
+    z: Tensor,
+    t: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    dtype: torch.dtype,
+    guidance: float = GUIDANCE,
+) -> Tensor:
     """v-prediction with classifier-free guidance (Ho & Salimans 2022)."""
     both = torch.cat([empty.expand(len(text), -1, -1), text])
     without, with_text = predict(net, torch.cat([z, z]), torch.cat([t, t]), both, dtype).chunk(2)
@@ -66,8 +74,16 @@ def guided(net: nn.Module, noising: Noising, z: Tensor, t: Tensor, text: Tensor,
 
 
 @torch.no_grad()
-def ddim(net: nn.Module, noising: Noising, z: Tensor, text: Tensor, empty: Tensor, steps: int,
-         dtype: torch.dtype, guidance: float = GUIDANCE) -> Tensor:
+def ddim(
+    net: Any,
+    noising: Noising,
+    z: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    steps: int,
+    dtype: torch.dtype,
+    guidance: float = GUIDANCE,
+) -> Tensor:
     """Deterministic sampling (Song et al. 2021), trailing timesteps; z is pure noise."""
     times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     for k, now in enumerate(times):
@@ -79,175 +95,32 @@ def ddim(net: nn.Module, noising: Noising, z: Tensor, text: Tensor, empty: Tenso
 
 
 @torch.no_grad()
-def teach_pairs(teacher: nn.Module, data: LatentSet, count: int, steps: int, dtype: torch.dtype,
-                batch: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
+def teach_pairs(
+    teacher: Any,
+    data: LatentSet,
+    count: int,
+    steps: int,
+    dtype: torch.dtype,
+    batch: int = 4096,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(noise, the teacher's picture of it, caption's row): what the student regresses to first."""
     dev = data.latents.device
     gen = torch.Generator(dev).manual_seed(77)
     noising = Noising(networks.alphas_cumprod(dev))
     noise = torch.randn(count, *data.latents.shape[1:], device=dev, generator=gen)
     rows = torch.randint(0, len(data), (count,), device=dev, generator=gen)
-    pictures = torch.cat([ddim(teacher, noising, noise[k:k + batch], data.text[rows[k:k + batch]],
-                               data.empty, steps, dtype) for k in range(0, count, batch)])
+    pictures = torch.cat(
+        [
+            ddim(
+                teacher,
+                noising,
+                noise[k : k + batch],
+                data.text[rows[k : k + batch]],
+                data.empty,
+                steps,
+                dtype,
+            )
+            for k in range(0, count, batch)
+        ]
+    )
     return noise, pictures.to(dtype), rows
-
-
-class Heads(nn.Module):
-    """Critics on the frozen teacher's features (Sauer et al. 2024, latent adversarial)."""
-
-    def __init__(self, channels: list[int]) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList([nn.Sequential(
-            nn.GroupNorm(32, c), nn.Conv2d(c, 96, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(96, 96, 3, 1, 1), nn.GroupNorm(8, 96), nn.LeakyReLU(0.2),
-            nn.Conv2d(96, 1, 1)) for c in channels])
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [head(f).float() for head, f in zip(self.heads, features, strict=True)]
-
-
-class Student:
-    """Distillation: regression to the teacher's pairs, distribution matching, and critics.
-
-    Distribution matching (Yin et al. 2024): move the student's picture along the difference of the
-    teacher's and of a second network's estimate, the second being trained on the student's own
-    pictures all the while.
-    """
-
-    def __init__(self, teacher: nn.Module, data: LatentSet, pairs: tuple[Tensor, Tensor, Tensor],
-                 dtype: torch.dtype, batch: int, regression: int) -> None:
-        dev = data.latents.device
-        self.data, self.pairs, self.dtype, self.batch = data, pairs, dtype, batch
-        self.regression = regression
-        self.noising = Noising(networks.alphas_cumprod(dev))
-        self.gen = torch.Generator(dev).manual_seed(88)
-        self.teacher = freeze(copy.deepcopy(teacher).to(dev, dtype))
-        self.student = Trainee(teacher, dev, dtype, (0.9, 0.99), ema=0.997)
-        self.fake = Trainee(teacher, dev, dtype, (0.9, 0.99), ema=0.9)
-        self.features: list[Tensor] = []
-        net: Any = self.teacher
-        self.blocks = [net.down_blocks[0], net.down_blocks[1], net.mid_block, net.up_blocks[1],
-                       net.up_blocks[2]]
-        widths = [f.shape[1] for f in self._features(pairs[0][:2], data.text[:2])]
-        torch.manual_seed(5)
-        self.heads = Trainee(Heads(widths), dev, dtype, (0.5, 0.99), 0.01, ema=0.9)
-        self.times = torch.tensor(networks.STUDENT_STEPS, device=dev)
-        self.step_regress = graphed(self._regress, self.gen)
-        self.step_fake = graphed(self._train_fake, self.gen)
-        self.step_draw = graphed(self._train_student, self.gen)
-
-    def trainees(self) -> dict[str, Trainee]:
-        return {"student": self.student, "fake": self.fake, "heads": self.heads}
-
-    # ---- random choices
-    def _rand(self) -> Tensor:
-        return torch.rand(self.batch, device=self.gen.device, generator=self.gen)
-
-    def _like(self, x: Tensor) -> Tensor:
-        return torch.randn(x.shape, device=x.device, generator=self.gen)
-
-    def _start(self, z0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """What the student starts from: mostly pure noise at t = 999, else a later step's z_t."""
-        later = (self._rand() * 3).long() + 1
-        t = self.times[torch.where(self._rand() < 0.7, 0, later)]
-        pure = (t == self.times[0]).view(-1, 1, 1, 1)
-        _, sigma = self.noising.split(t)
-        return torch.where(pure, sigma * noise, self.noising.add(z0, noise, t)), t
-
-    def _draw(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self.noising.z0(predict(self.student.net, z, t, text, self.dtype), z, t)
-
-    # ---- the three kinds of step; each returns a loss to log
-    def _pair_loss(self) -> Tensor:
-        noise, pictures, rows = self.pairs
-        i = torch.randint(0, len(noise), (self.batch,), device=noise.device, generator=self.gen)
-        z, t = self._start(pictures[i].float(), noise[i])
-        error = self._draw(z, t, self.data.text[rows[i]]) - pictures[i].float()
-        # pseudo-Huber: robust to what the student cannot know
-        return (error.square().sum((1, 2, 3)) + 0.01).sqrt().mean() / 45
-
-    def _regress(self) -> Tensor:
-        loss = self._pair_loss()
-        self.student.step(loss)
-        return loss
-
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        i = torch.randint(0, len(self.data), (self.batch,), device=self.gen.device,
-                          generator=self.gen)
-        return self.data.latents[i].float(), self.data.text[i]
-
-    def _features(self, z: Tensor, text: Tensor) -> list[Tensor]:
-        """The frozen teacher's block outputs for z, noised a little."""
-        out: list[Tensor] = []
-
-        def keep(_: nn.Module, __: Any, result: Any) -> None:
-            out.append(result[0] if isinstance(result, tuple) else result)
-
-        hooks = [block.register_forward_hook(keep) for block in self.blocks]
-        b = len(z)
-        t = (torch.rand(b, device=z.device, generator=self.gen) ** 1.5 * 800).long() + 5
-        predict(self.teacher, self.noising.add(z, self._like(z), t), t, text, self.dtype)
-        for hook in hooks:
-            hook.remove()
-        return out
-
-    def _train_fake(self) -> Tensor:
-        """Second network and critics learn what the student draws now."""
-        real, text = self._batch()
-        with torch.no_grad():
-            z, t = self._start(real, self._like(real))
-            drawn = self._draw(z, t, text)
-        t = (self._rand() * 1000).long()
-        noise = self._like(drawn)
-        v = predict(self.fake.net, self.noising.add(drawn, noise, t), t, text, self.dtype)
-        loss = (v - self.noising.v(drawn, noise, t)).square().mean()
-        self.fake.step(loss)
-        with torch.no_grad():
-            of_real, of_drawn = self._features(real, text), self._features(drawn, text)
-        self.heads.step(mean(
-            F.relu(1 - a).mean() + F.relu(1 + b).mean()
-            for a, b in zip(self.heads.net(of_real), self.heads.net(of_drawn), strict=True)))
-        return loss
-
-    def _train_student(self) -> Tensor:
-        real, text = self._batch()
-        z, t = self._start(real, self._like(real))
-        drawn = self._draw(z, t, text)
-        leaf = drawn.detach().requires_grad_(True)
-        opinion = -mean(s.mean() for s in self.heads.net(self._features(leaf, text)))
-        critics = torch.autograd.grad(opinion, leaf)[0]
-        with torch.no_grad():
-            t = (self._rand() * 960).long() + 20
-            noised = self.noising.add(drawn, self._like(drawn), t)
-            v = guided(self.teacher, self.noising, noised, t, text, self.data.empty, self.dtype)
-            wanted = self.noising.z0(v, noised, t)
-            believed = self.noising.z0(predict(self.fake.net, noised, t, text, self.dtype),
-                                       noised, t)
-            scale = (drawn - wanted).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
-            pull = (believed - wanted) / scale
-            pull = pull + 0.35 * pull.norm() / (critics.norm() + 1e-12) * critics
-        loss = (drawn * pull).mean() + 0.35 * self._pair_loss()
-        self.student.step(loss)
-        return pull.abs().mean()
-
-    def train(self, stage: Stage) -> Trainee:
-        """Regression first, then matching: two steps of the second network for each of the student."""
-        stage.resume(self.trainees())
-        self.gen.manual_seed(88 + stage.step)
-
-        def step(i: int) -> dict[str, Tensor]:
-            if i < self.regression:
-                self.student.lr.fill_(cosine(i, 2 * self.regression, 7e-4, warm=100))
-                return {"regression": self.step_regress()}
-            late, length = i - self.regression, stage.total - self.regression
-            rate = cosine(late, length, 1.0, warm=60, floor=0.05)
-            self.fake.lr.fill_(3e-4 * max(rate, 0.3))
-            self.heads.lr.fill_(5e-4 * max(rate, 0.3))
-            self.student.lr.fill_(1.5e-4 * rate)
-            logs = {"fake": self.step_fake()}
-            if i % 2:
-                logs["pull"] = self.step_draw()
-            return logs
-
-        stage.run(self.trainees(), step)
-        return self.student

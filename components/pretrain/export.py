@@ -1,4 +1,4 @@
-"""export: finished networks -> the files that ship in model/pocket."""
+"""Finished networks -> the files that ship in model/pocket."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from components.pretrain import networks
 from components.pretrain.evaluate import grid
+from components.pretrain.recipe import STAGES, load_network
 from components.pretrain.subjects import SAMPLE_CONCEPTS
 from components.pretrain.training import write_tensors, write_text
 from components.pretrain.vision import text_encoder_of
 from components.pretrain.world import NORMAL, World
 from model.pocket.storage import pack
 
-NETWORKS = ("clip", "vit", "vae", "teacher", "student")
 # Where the reference pictures of a sample concept are taken; new scenes are for prompts.
 REFERENCE_SCENES = ("grass", "wood", "plain_white", "room", "plain_blue")
 _MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 def export(state: Path, world_folder: Path, out: Path) -> None:
-    """Write weights/, layout/ and concepts/ into `out` from `final_*.safetensors` in `state`."""
-    for name in NETWORKS:
-        (out / "weights").mkdir(parents=True, exist_ok=True)
-        tensors = load_file(state / f"final_{name}.safetensors")
-        write_tensors(out / "weights" / f"{name}.safetensors", pack(tensors))
+    """Write weights/, layout/ and concepts/ into `out` from the finished networks in `state`.
+
+    Raises:
+        InputError: when a stage is not finished; nothing is written then.
+    """
+    packed = {name: pack(load_network(state, name).state_dict()) for name in STAGES}
+    for name, tensors in packed.items():
+        write_tensors(out / "weights" / f"{name}.safetensors", tensors)
     write_layout(world_folder / "tokenizer", out / "layout")
     write_concepts(World(world_folder, "cpu", held_out=True), out / "concepts")
 
@@ -45,20 +47,31 @@ def write_layout(tokenizer_folder: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         clip, unet, vae = networks.clip(), networks.unet(), networks.vae()
-        for name, scheduler in (("teacher", networks.teacher_scheduler()),
-                                ("student", networks.student_scheduler())):
-            StableDiffusionPipeline(
-                vae=vae, text_encoder=text_encoder_of(clip), tokenizer=tokenizer, unet=unet,
-                scheduler=scheduler, safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
-                requires_safety_checker=False).save_pretrained(work / name)
+        for name, scheduler in (
+            ("teacher", networks.teacher_scheduler()),
+            ("student", networks.student_scheduler()),
+        ):
+            parts: dict[str, Any] = {
+                "vae": vae,
+                "text_encoder": text_encoder_of(clip),
+                "tokenizer": tokenizer,
+                "unet": unet,
+                "scheduler": scheduler,
+                "safety_checker": None,
+                "feature_extractor": None,
+            }
+            pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+            pipeline.save_pretrained(work / name)
         for part in ("vae", "text_encoder", "tokenizer"):  # the teacher's serve both
             shutil.rmtree(work / "student" / part)
         clip.save_pretrained(work / "clip")
         tokenizer.save_pretrained(work / "clip")
         networks.vit().save_pretrained(work / "dino")
         for folder, kind in (("clip", "CLIPImageProcessor"), ("dino", "ViTImageProcessor")):
-            write_text(work / folder / "preprocessor_config.json", json.dumps(
-                processor_config(kind), indent=2))
+            write_text(
+                work / folder / "preprocessor_config.json",
+                json.dumps(processor_config(kind), indent=2),
+            )
         for path in work.rglob("*.safetensors"):
             path.unlink()
         shutil.copytree(work, out)
@@ -66,13 +79,19 @@ def write_layout(tokenizer_folder: Path, out: Path) -> None:
 
 def processor_config(kind: str) -> dict[str, object]:
     """Pictures go in at the pair's own size, scaled to [-1, 1]."""
-    size: Any = networks.RESOLUTION
+    size = networks.RESOLUTION
     box = {"height": size, "width": size}
-    return {"image_processor_type": kind, "do_resize": True, "do_normalize": True,
-            "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3,
-            "size": {"shortest_edge": size} if kind.startswith("CLIP") else box,
-            **({"do_center_crop": True, "crop_size": box} if kind.startswith("CLIP") else {}),
-            **_MEAN}
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "size": {"shortest_edge": size} if kind.startswith("CLIP") else box,
+        **({"do_center_crop": True, "crop_size": box} if kind.startswith("CLIP") else {}),
+        **_MEAN,
+    }
 
 
 def write_concepts(world: World, out: Path) -> None:
@@ -87,5 +106,8 @@ def write_concepts(world: World, out: Path) -> None:
             scenes.size = scenes.size.clamp(min=0.62)
             picture: Image.Image = grid(world.render(scenes)[0], 1)
             picture.save(folder / f"{k:02d}.png", optimize=True)
-        write_text(folder / "concept.yaml", f"class_noun: {noun}\ntoken: <new1>\n"
-                   f"initializer: {noun.split()[-1]}\nlive: {str(live).lower()}\n")
+        write_text(
+            folder / "concept.yaml",
+            f"class_noun: {noun}\ntoken: <new1>\n"
+            f"initializer: {noun.split()[-1]}\nlive: {str(live).lower()}\n",
+        )

@@ -20,14 +20,12 @@ class LatentSet:
 
     Attributes:
         latents: [N, C, h, w], unit variance.
-        ids: caption tokens [N, L], int16.
         cover: how much of each latent pixel the subject covers [N, 1, h, w], 0..255.
         text: text states of the captions [N, L, d].
         empty: text states of the empty caption [1, L, d].
     """
 
     latents: Tensor
-    ids: Tensor
     cover: Tensor
     text: Tensor
     empty: Tensor
@@ -37,19 +35,26 @@ class LatentSet:
 
 
 @torch.no_grad()
-def encode_world(world: World, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                 tokenizer: CLIPTokenizer, count: int, dtype: torch.dtype, seed: int = 55,
-                 batch: int = 1024) -> LatentSet:
+def encode_world(
+    world: World,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    count: int,
+    dtype: torch.dtype,
+    seed: int = 55,
+    batch: int = 1024,
+) -> LatentSet:
     """Draw `count` compositions and encode them (float32 networks in; bf16 runs on GPUs)."""
     table, gen, dev = world.captioner.table(tokenizer), world.generator(seed), world.device
     coder, reader = vae.to(dev, dtype), text_encoder.to(dev, dtype)
     side, channels = networks.LATENT_SIDE, networks.LATENT_CHANNELS
     out = LatentSet(
         torch.empty(count, channels, side, side, dtype=dtype, device=dev),
-        torch.empty(count, networks.TEXT_LENGTH, dtype=torch.int16, device=dev),
         torch.empty(count, 1, side, side, dtype=torch.uint8, device=dev),
         torch.empty(count, networks.TEXT_LENGTH, networks.TEXT_WIDTH, dtype=dtype, device=dev),
-        reader(empty_ids(tokenizer).to(dev)).last_hidden_state)
+        reader(empty_ids(tokenizer).to(dev)).last_hidden_state,
+    )
     for start in range(0, count, batch):
         rows = slice(start, min(count, start + batch))
         scenes = world.sample(rows.stop - start, gen)
@@ -58,7 +63,6 @@ def encode_world(world: World, vae: AutoencoderKL, text_encoder: CLIPTextModel,
         posterior = coder.encode(pictures.to(dtype)).latent_dist
         noise = torch.randn(posterior.mean.shape, device=dev, generator=gen)
         out.latents[rows] = (posterior.mean + posterior.std * noise).to(dtype)
-        out.ids[rows] = ids.to(torch.int16)
         out.cover[rows] = F.avg_pool2d(cover, 8).mul(255).round().to(torch.uint8)
         out.text[rows] = reader(ids).last_hidden_state
     return out
@@ -66,7 +70,8 @@ def encode_world(world: World, vae: AutoencoderKL, text_encoder: CLIPTextModel,
 
 def empty_ids(tokenizer: CLIPTokenizer) -> Tensor:
     """Tokens of the empty prompt [1, L]."""
-    return tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    ids: Tensor = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    return ids
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from components.pretrain import autoencoder, diffusion, networks, vision
-from components.pretrain.evaluate import Painter
+from components.pretrain import autoencoder, diffusion, distillation, networks, vision
 from components.pretrain.latents import LatentSet, encode_world
 from components.pretrain.training import Clock, Stage, freeze, write_tensors
 from components.pretrain.world import World
+from model.errors import InputError
+
+STAGES = ("clip", "vit", "vae", "teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Recipe:
     vit_batch: int = 256
     vae_steps: int = 2200
     vae_batch: int = 96
+    vae_statistics: int = 512
     latents: int = 600_000
     teacher_steps: int = 19_000
     teacher_batch: int = 256
@@ -43,95 +46,141 @@ class Recipe:
     compiled: bool = True
 
 
-DRY = Recipe(clip_steps=3, clip_batch=8, vit_steps=3, vit_batch=4, vae_steps=6, vae_batch=2,
-             latents=64, teacher_steps=4, teacher_batch=4, pairs=8, pair_steps=2,
-             regression_steps=3, student_steps=9, student_batch=4, compiled=False)
+DRY = Recipe(
+    clip_steps=2,
+    clip_batch=4,
+    vit_steps=2,
+    vit_batch=2,
+    vae_steps=6,
+    vae_batch=1,
+    vae_statistics=4,
+    latents=8,
+    teacher_steps=3,
+    teacher_batch=2,
+    pairs=4,
+    pair_steps=2,
+    regression_steps=2,
+    student_steps=6,
+    student_batch=2,
+    compiled=False,
+)
 
 
 class Kitchen:
     """One call of the trainer: the world, the device, the recipe and the state folder."""
 
-    def __init__(self, recipe: Recipe, world_folder: Path, state: Path, clock: Clock,
-                 device: str) -> None:
+    def __init__(
+        self, recipe: Recipe, world_folder: Path, state: Path, clock: Clock, device: str
+    ) -> None:
         self.recipe, self.state, self.clock = recipe, state, clock
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.world = World(world_folder, self.device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(world_folder / "tokenizer")
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-
-    def stage(self, name: str, total: int) -> Stage:
-        return Stage(name, self.state, total, self.clock)
-
-    def finished(self, name: str) -> Path:
-        return self.state / f"final_{name}.safetensors"
-
-    def keep(self, name: str, network: Any) -> None:
-        """The finished network, float32."""
-        write_tensors(self.finished(name), network.state_dict())
-
-    def network(self, name: str) -> Any:
-        """A finished network on the device, frozen, float32."""
-        if not self.finished(name).exists():
-            raise FileNotFoundError(f"{self.finished(name)}: train the stage {name!r} first.")
-        build: dict[str, Any] = {"clip": networks.clip, "vit": networks.vit, "vae": networks.vae,
-                                 "teacher": networks.unet, "student": networks.unet}
-        net: nn.Module = build[name]()
-        net.load_state_dict(load_file(self.finished(name)))
-        return freeze(net).to(self.device)
+        self.tokenizer: Any = CLIPTokenizer.from_pretrained(world_folder / "tokenizer")
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
 
     def cook(self, name: str) -> None:
-        """Run one stage to its end (or raise OutOfTime)."""
-        if self.finished(name).exists():
-            return
-        r, dtype = self.recipe, self.dtype
-        if name == "clip":
-            made: Any = vision.train_clip(self.stage(name, r.clip_steps), self.world,
-                                          self.tokenizer, dtype, r.clip_batch).averaged()
-            self.keep("clip", made.clip)
-        elif name == "vit":
-            made = vision.train_vit(self.stage(name, r.vit_steps), self.world, dtype,
-                                    r.vit_batch).averaged()
-            self.keep("vit", made.vit)
-        elif name == "vae":
-            made = autoencoder.train_vae(self.stage(name, r.vae_steps), self.world, dtype,
-                                         r.vae_batch).averaged()
-            self.keep("vae", autoencoder.fold_statistics(made, self.world))
-        elif name == "teacher":
-            made = diffusion.train_teacher(self.stage(name, r.teacher_steps), self.data(), dtype,
-                                           r.teacher_batch, r.compiled)
-            self.keep("teacher", made.averaged())
-        elif name == "student":
-            data, teacher = self.data(), self.network("teacher").to(dtype)
-            pairs = diffusion.teach_pairs(teacher, data, r.pairs, r.pair_steps, dtype)
-            made = diffusion.Student(self.network("teacher"), data, pairs, dtype, r.student_batch,
-                                     r.regression_steps)
-            self.keep("student", made.train(self.stage(name, r.student_steps)).averaged())
-        else:
-            raise ValueError(f"No stage is called {name!r}: {', '.join(STAGES)}.")
+        """Run one stage to its end, unless it is finished.
 
-    def data(self) -> LatentSet:
-        """The world in latents: kept on disk, so that a later call need not draw it again."""
-        path = self.state / "latents.safetensors"
-        if path.exists():
-            return LatentSet(**load_file(path, device=str(self.device)))
-        text_encoder = vision.text_encoder_of(self.network("clip"))
-        data = encode_world(self.world, self.network("vae"), freeze(text_encoder),  # type: ignore[arg-type]
-                            self.tokenizer, self.recipe.latents, self.dtype)
-        if os.environ.get("ECHODISTILL_KEEP_LATENTS"):
-            write_tensors(path, vars(data))
-        return data
+        Raises:
+            InputError: for a name that no stage has, or a stage whose forerunners are missing.
+            OutOfTime: when the clock has run down; the state is saved.
+        """
+        stages: dict[str, Callable[[], nn.Module]] = {
+            "clip": self._clip,
+            "vit": self._vit,
+            "vae": self._vae,
+            "teacher": self._teacher,
+            "student": self._student,
+        }
+        if name not in stages:
+            raise InputError(f"No stage is called {name!r}: give one of {', '.join(STAGES)}.")
+        path = finished(self.state, name)
+        if not path.exists():
+            write_tensors(path, stages[name]().state_dict())
+
+    def _stage(self, name: str, total: int) -> Stage:
+        return Stage(name, self.state, total, self.clock)
+
+    def _clip(self) -> nn.Module:
+        r, stage = self.recipe, self._stage("clip", self.recipe.clip_steps)
+        trainee = vision.train_clip(stage, self.world, self.tokenizer, self.dtype, r.clip_batch)
+        clip: nn.Module = trainee.averaged().clip
+        return clip
+
+    def _vit(self) -> nn.Module:
+        stage = self._stage("vit", self.recipe.vit_steps)
+        trainee = vision.train_vit(stage, self.world, self.dtype, self.recipe.vit_batch)
+        vit: nn.Module = trainee.averaged().vit
+        return vit
+
+    def _vae(self) -> nn.Module:
+        r, stage = self.recipe, self._stage("vae", self.recipe.vae_steps)
+        trainee = autoencoder.train_vae(stage, self.world, self.dtype, r.vae_batch)
+        folded: nn.Module = autoencoder.fold_statistics(
+            trainee.averaged(), self.world, r.vae_statistics
+        )
+        return folded
+
+    def _teacher(self) -> nn.Module:
+        r, stage = self.recipe, self._stage("teacher", self.recipe.teacher_steps)
+        trainee = diffusion.train_teacher(
+            stage, self._data(), self.dtype, r.teacher_batch, r.compiled
+        )
+        teacher: nn.Module = trainee.averaged()
+        return teacher
+
+    def _student(self) -> nn.Module:
+        r, stage = self.recipe, self._stage("student", self.recipe.student_steps)
+        teacher = self._network("teacher")
+        data = self._data()
+        pairs = diffusion.teach_pairs(
+            self._network("teacher").to(self.dtype), data, r.pairs, r.pair_steps, self.dtype
+        )
+        student = distillation.Student(
+            teacher, data, pairs, self.dtype, r.student_batch, r.regression_steps
+        )
+        made: nn.Module = student.train(stage).averaged()
+        return made
+
+    def _network(self, name: str) -> Any:
+        return load_network(self.state, name).to(self.device)
+
+    def _data(self) -> LatentSet:
+        """The world in latents; drawn again by each call (the same), for it is too big to keep."""
+        return encode_world(
+            self.world,
+            self._network("vae"),
+            freeze(vision.text_encoder_of(self._network("clip"))),
+            self.tokenizer,
+            self.recipe.latents,
+            self.dtype,
+        )
 
 
-STAGES = ("clip", "vit", "vae", "teacher", "student")
+def finished(state: Path, name: str) -> Path:
+    """Where a finished network lies, float32."""
+    return state / f"final_{name}.safetensors"
 
 
-def finished_painter(recipe: Recipe, work: Path, device: str) -> tuple[Painter, Any, World]:
-    """The finished pair ready to draw, its CLIP and its world."""
-    kitchen = Kitchen(recipe, work / "world", work / "state", Clock(0), device)
-    clip = kitchen.network("clip")
-    painter = Painter(
-        kitchen.network("teacher"), kitchen.network("student"), kitchen.network("vae"),
-        freeze(vision.text_encoder_of(clip)), kitchen.tokenizer, kitchen.device)
-    return painter, clip, kitchen.world
+def load_network(state: Path, name: str) -> Any:
+    """A finished network, frozen, float32, on the CPU.
+
+    Raises:
+        InputError: when its stage has not been trained.
+    """
+    path = finished(state, name)
+    if not path.exists():
+        raise InputError(f"{path} is missing: train the stage {name!r} first.")
+    build: dict[str, Callable[[], Any]] = {
+        "clip": networks.clip,
+        "vit": networks.vit,
+        "vae": networks.vae,
+        "teacher": networks.unet,
+        "student": networks.unet,
+    }
+    net = build[name]()
+    net.load_state_dict(load_file(path))
+    return freeze(net.float())

@@ -22,20 +22,24 @@ class ContrastivePair(nn.Module):
         self.clip = networks.clip()
 
     def forward(self, pictures: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of pictures [B, 3, H, W] and captions [B, L], each [B, d]."""
         seen = self.clip.vision_model(pixel_values=pictures).pooler_output
         read = self.clip.text_model(input_ids=ids).pooler_output
-        return (F.normalize(self.clip.visual_projection(seen).float(), dim=-1),
-                F.normalize(self.clip.text_projection(read).float(), dim=-1))
+        return (
+            F.normalize(self.clip.visual_projection(seen).float(), dim=-1),
+            F.normalize(self.clip.text_projection(read).float(), dim=-1),
+        )
 
 
-def train_clip(stage: Stage, world: World, tokenizer: CLIPTokenizer, dtype: torch.dtype,
-               batch: int) -> Trainee:
+def train_clip(
+    stage: Stage, world: World, tokenizer: CLIPTokenizer, dtype: torch.dtype, batch: int
+) -> Trainee:
     """Contrast pictures of the world with their captions (Radford et al. 2021)."""
     torch.manual_seed(1)
     trainee = Trainee(ContrastivePair(), world.device, dtype, (0.9, 0.98), 0.05, ema=0.998)
     stage.resume({"clip": trainee})
     table = world.captioner.table(tokenizer)
-    gen = world.generator(11 + stage.step)
+    gen = world.generator(11)
     truth = torch.arange(batch, device=world.device)
 
     def step(i: int) -> dict[str, Tensor]:
@@ -51,11 +55,11 @@ def train_clip(stage: Stage, world: World, tokenizer: CLIPTokenizer, dtype: torc
         trainee.step(loss)
         return {"loss": loss, "top1": (logits.argmax(1) == truth).float().mean()}
 
-    stage.run({"clip": trainee}, step)
+    stage.run({"clip": trainee}, step, gen)
     return trainee
 
 
-def text_encoder_of(clip: Any) -> CLIPTextModel:
+def text_encoder_of(clip: Any) -> Any:
     """CLIP's text tower as the CLIPTextModel that diffusers wants."""
     encoder = CLIPTextModel(networks.text_config())
     wanted = encoder.state_dict()
@@ -73,18 +77,20 @@ class SelfDistiller(nn.Module):
         super().__init__()
         self.vit = networks.vit()
         width = self.vit.config.hidden_size
-        self.head = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(),
-                                  nn.Linear(512, 128))
+        self.head = nn.Sequential(
+            nn.Linear(width, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 128)
+        )
         self.prototypes = nn.Linear(128, prototypes, bias=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
+        """Similarity of each picture [B, 3, s, s] to the prototypes [B, K]."""
         out = self.vit(pixel_values=pictures, interpolate_pos_encoding=True).last_hidden_state
         code = F.normalize(self.head(out[:, 0]).float(), dim=-1)
         return code @ F.normalize(self.prototypes.weight.float(), dim=-1).T
 
 
 def crop(pictures: Tensor, side: int, low: float, high: float, gen: torch.Generator) -> Tensor:
-    """Random square crops of the pictures' side times low..high, flipped, recoloured [B, 3, s, s]."""
+    """Square crops of low..high of the side, flipped and recoloured [B, 3, s, s]."""
     b, dev = len(pictures), pictures.device
 
     def uniform(a: float, c: float) -> Tensor:
@@ -99,13 +105,14 @@ def crop(pictures: Tensor, side: int, low: float, high: float, gen: torch.Genera
     out = F.grid_sample(pictures, grid, align_corners=False, padding_mode="reflection")
     grey = out.mean(1, keepdim=True)
     out = grey + (out - grey) * uniform(0.6, 1.4).view(-1, 1, 1, 1)
-    return (out * uniform(0.75, 1.2).view(-1, 1, 1, 1)
-            + uniform(-0.15, 0.15).view(-1, 1, 1, 1)).clamp(-1, 1)
+    return (
+        out * uniform(0.75, 1.2).view(-1, 1, 1, 1) + uniform(-0.15, 0.15).view(-1, 1, 1, 1)
+    ).clamp(-1, 1)
 
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, temperature: float, rounds: int = 3) -> Tensor:
-    """Assignments [B, K] with equal use of all prototypes: nothing collapses (Caron et al. 2020)."""
+    """Assignments [B, K] that use all prototypes alike: no collapse (Caron et al. 2020)."""
     q = torch.exp((scores - scores.amax(1, keepdim=True)) / temperature)
     for _ in range(rounds):
         q = q / (q.sum(0, keepdim=True) + 1e-8)
@@ -121,27 +128,33 @@ def train_vit(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Tra
     torch.manual_seed(2)
     trainee = Trainee(SelfDistiller(), world.device, dtype, (0.9, 0.98), 0.04, ema=0.994)
     stage.resume({"vit": trainee})
-    gen = world.generator(22 + stage.step)
+    gen = world.generator(22)
     teacher = trainee.averaged().to(dtype)
-    weights = list(teacher.parameters())
+    weights: list[Tensor] = list(teacher.parameters())
 
     def step(i: int) -> dict[str, Tensor]:
         trainee.lr.fill_(cosine(i, stage.total, 8e-4))
         with torch.no_grad():
             pictures = world.render(world.sample(batch, gen))[0]
-            large = [crop(pictures, networks.RESOLUTION, 0.55, 1.0, gen).to(dtype)
-                     for _ in range(2)]
-            small = [crop(pictures, networks.RESOLUTION // 2, 0.3, 0.55, gen).to(dtype)
-                     for _ in range(2)]
+            large = [
+                crop(pictures, networks.RESOLUTION, 0.55, 1.0, gen).to(dtype) for _ in range(2)
+            ]
+            small = [
+                crop(pictures, networks.RESOLUTION // 2, 0.3, 0.55, gen).to(dtype) for _ in range(2)
+            ]
             torch._foreach_copy_(weights, trainee.average)
             targets = [sinkhorn(teacher(x), 0.05) for x in large]
         logs = [F.log_softmax(trainee.net(x) / 0.1, -1) for x in large + small]
-        losses = [-(target * log).sum(-1).mean() for k, target in enumerate(targets)
-                  for j, log in enumerate(logs) if j != k]
+        losses = [
+            -(target * log).sum(-1).mean()
+            for k, target in enumerate(targets)
+            for j, log in enumerate(logs)
+            if j != k
+        ]
         loss = torch.stack(losses).mean()
         trainee.step(loss)
         used = targets[0].mean(0)
         return {"loss": loss, "usage": -(used * (used + 1e-9).log()).sum()}
 
-    stage.run({"vit": trainee}, step)
+    stage.run({"vit": trainee}, step, gen)
     return trainee
