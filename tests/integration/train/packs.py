@@ -14,9 +14,11 @@ from components.spec import RunSpec, resolve_spec
 from components.train.checkpoint import ConceptState
 from components.train.job import BasePaths, PackJob
 from components.train.loop import Run, Watcher, train_members
-from components.train.members import go_on, load_members
+from components.train.members import Member, go_on, load_members
 from components.train.worker import load_frozen
+from model.iteration import Frozen
 
+_frozen: dict[Any, Frozen] = {}
 ITERATIONS = 5  # four of the main stage, one of the echo stage
 
 
@@ -67,16 +69,23 @@ def trained(
     watcher: Watcher | None = None,
 ) -> Run:
     """Trains a pack on this rank, from the given states where there are some."""
-    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
-    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
-    frozen = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution)
-    members = load_members(job, frozen, None)
+    frozen, members = loaded(spec, concepts)
     for member in members:
         if start and member.concept.id in start:
             go_on(member, start[member.concept.id])
     run = Run(spec, frozen, members, watcher or Watcher())
     train_members(run)
     return run
+
+
+def loaded(spec: RunSpec, concepts: Sequence[Concept]) -> tuple[Frozen, list[Member]]:
+    """Loads the frozen networks (once a process) and the pack's members at their start."""
+    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    key = (job.bases, dtype)
+    if key not in _frozen:
+        _frozen[key] = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution)
+    return _frozen[key], load_members(job, _frozen[key], None)
 
 
 def states(run: Run) -> dict[str, ConceptState]:

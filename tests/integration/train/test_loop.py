@@ -16,6 +16,7 @@ from tests.integration.train.packs import (
     assert_close,
     assert_equal,
     checked_concepts,
+    loaded,
     states,
     tiny_spec,
     trained,
@@ -98,21 +99,17 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
 
 
 def first_states(spec: Any, concepts: Any) -> dict[str, ConceptState]:
-    from components.train.job import BasePaths, PackJob
-    from components.train.members import load_members
-    from components.train.worker import load_frozen
-
-    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
-    frozen = load_frozen(job.bases, torch.float32, torch.device("cpu"), spec.resolution)
-    return {m.concept.id: m.state for m in load_members(job, frozen, None) if m.state}
+    return {m.concept.id: m.state for m in loaded(spec, concepts)[1] if m.state}
 
 
-def go_on_from(paths: Any, folder: Path, half: dict[str, ConceptState]) -> Results:
+def two_ranks(paths: Any, folder: Path, half: dict[str, ConceptState]) -> Results:
+    """Every stage, and the states that one rank stopped at, gone on with at two stages."""
     concepts = checked_concepts(folder)
-    return {
-        str(stage): states(trained(tiny_spec(paths, f"train.zero_stage={stage}"), concepts, half))
-        for stage in (0, 3)
-    }
+    results = every_stage(paths, folder)
+    for stage in (0, 3):
+        spec = tiny_spec(paths, f"train.zero_stage={stage}")
+        results[f"gone on.{stage}"] = states(trained(spec, concepts, half))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +118,8 @@ def one(tiny_paths: Any, concepts_folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tiny_paths: Any, concepts_folder: Path) -> list[Results]:
-    return on_ranks(2, every_stage, tiny_paths, concepts_folder)
+def two(one: dict[str, Any], tiny_paths: Any, concepts_folder: Path) -> list[Results]:
+    return on_ranks(2, two_ranks, tiny_paths, concepts_folder, one["half"])
 
 
 @pytest.mark.parametrize("name", ["dog", "robot"])
@@ -186,11 +183,11 @@ def test_a_member_that_is_ahead_waits_for_the_others(one):
         assert_close(one["one ahead"][name], one["adamw.0"][name], one["start"][name])
 
 
-def test_a_state_goes_on_in_another_world(one, tiny_paths, concepts_folder):
-    for rank in on_ranks(2, go_on_from, tiny_paths, concepts_folder, one["half"]):
-        for found in rank.values():
-            for name in ("dog", "robot"):
-                assert_close(found[name], one["adamw.0"][name], one["start"][name])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_state_goes_on_in_another_world(one, two, stage):
+    for rank in two:
+        for name, found in rank[f"gone on.{stage}"].items():
+            assert_close(found, one["adamw.0"][name], one["start"][name])
 
 
 def test_bf16_keeps_float32_masters_and_learns(one):
