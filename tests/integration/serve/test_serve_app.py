@@ -23,7 +23,7 @@ from PIL import Image
 
 from model.adapter import Adapter, load_adapter
 from model.base_pair import BasePair
-from model.errors import InputError
+from model.errors import InputError, ServiceError
 from serve.auth import new_key
 from serve.endpoint import start
 from serve.engine import Engine, PictureRequest
@@ -231,6 +231,13 @@ def test_moved_champion_is_picked_up_under_load(running: Running) -> None:
         datum = answer["data"][0]
         drawn = running.expected(sha256, datum["revised_prompt"], 1, 1)
         assert off(pixels(datum["b64_json"]), drawn) <= 1
+
+
+def test_second_endpoint_on_the_same_ray_is_refused_and_harms_nobody(running: Running) -> None:
+    with pytest.raises(ServiceError, match="already runs"):
+        start(load_settings(port=0))
+    with running.client() as client:
+        assert client.get("/healthz").status_code == 200
 
 
 def test_keys_health_metrics_and_log_over_http(running: Running) -> None:
