@@ -12,11 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import TypeVar
 
 from pipeline.progress import Event, Progress
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ray's start takes some seconds and its end two; more is a hang that nobody should wait for.
 PATIENCE_SECONDS = 30.0
 
@@ -35,6 +37,7 @@ class Interruptible:
     def __init__(self, progress: Progress) -> None:
         self._listener = progress
         self._stopping = threading.Event()
+        self._received: list[int] = []
 
     def progress(self, event: Event) -> None:
         """Passes an event on; raises StoppedError in the work's thread after Ctrl-C."""
@@ -59,24 +62,32 @@ class Interruptible:
                 errors.append(error)
 
         thread = threading.Thread(target=body, name="work", daemon=True)
-        received: list[int] = []
-        # Only noted here: a second Ctrl-C must not cut the clean-up of the first one short.
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in numbers}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
+            self._listen()
             thread.start()
-            while thread.is_alive() and not received:
+            while thread.is_alive() and not self._received:
                 thread.join(0.2)
-            if received:
+                self._listen()
+            if self._received:
                 self._finish(thread, stop)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if received:
-            raise KeyboardInterrupt if received[0] == signal.SIGINT else TerminatedError
+        if self._received:
+            raise KeyboardInterrupt if self._received[0] == signal.SIGINT else TerminatedError
         if errors:
             raise errors[0]
         return results[0]
+
+    def _listen(self) -> None:
+        """Put our handlers in place, again after Ray's C++ part, whose own abort the process."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Only noted: a second Ctrl-C must not cut the clean-up of the first one short.
+        self._received.append(number)
 
     def _finish(self, thread: threading.Thread, stop: Callable[[], None]) -> None:
         self._stopping.set()
@@ -84,6 +95,7 @@ class Interruptible:
         while thread.is_alive() and time.monotonic() < deadline:
             stop()
             thread.join(0.5)
+            self._listen()
         if thread.is_alive():
             _kill_children()
 

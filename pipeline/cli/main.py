@@ -76,7 +76,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     return f"an error of ours: {kind}: {error}; --debug shows where, please report it", OUR_ERROR
 
 
-def _caused_by(error: BaseException) -> BaseException:
+def caused_by(error: BaseException) -> BaseException:
     """The error worth telling: ours if one is in the chain of causes, else the outermost."""
     from model.errors import EchoDistillError
 
@@ -100,7 +100,7 @@ def run(arguments: list[str], output: Output) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(output)
     except Exception as error:
-        cause = _caused_by(error)
+        cause = caused_by(error)
         if isinstance(cause, KeyboardInterrupt):
             return _interrupted(output)
         message, code = describe(cause)

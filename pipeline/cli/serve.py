@@ -42,9 +42,13 @@ def serve(
     output: Output = context.obj
     settings = _settings(host, port, base, tracking_uri)
     from pipeline.services import local_ray, quiet_libraries
-    from serve.endpoint import start
+    from serve.auth import read_keys
+    from serve.endpoint import free_port, start
 
     quiet_libraries()
+    # What can be told at once is told before Ray starts.
+    read_keys(settings)
+    free_port(settings.host, settings.port)
     enough = threading.Event()
 
     def work() -> None:

@@ -1,0 +1,61 @@
+"""Work that signals end: its result, its error, and its clean-up."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from pipeline.cli.interruptible import Interruptible, TerminatedError
+from pipeline.progress import Event, silent
+
+
+def test_what_the_work_returns_or_raises_comes_out() -> None:
+    assert Interruptible(silent).run(lambda: 7, lambda: None) == 7
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        Interruptible(silent).run(fail, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)]
+)
+def test_a_signal_lets_the_work_clean_up_however_often_it_comes(
+    number: signal.Signals, kind: type[BaseException]
+) -> None:
+    freed = threading.Event()
+    cleaned: list[str] = []
+
+    def work() -> None:
+        os.kill(os.getpid(), number)
+        freed.wait(10)
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+        cleaned.append("cleaned")
+
+    before = signal.getsignal(number)
+    with pytest.raises(kind) as caught:
+        Interruptible(silent).run(work, freed.set)
+    assert type(caught.value) is kind
+    assert cleaned == ["cleaned"]
+    assert signal.getsignal(number) is before
+
+
+def test_work_that_only_reports_is_ended_at_its_next_report() -> None:
+    heard: list[Event] = []
+    job = Interruptible(heard.append)
+
+    def work() -> None:
+        for step in range(1000):
+            job.progress(Event("work", str(step)))
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(work, lambda: None)
+    assert 4 <= len(heard) < 20
