@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.ingest import store
-from components.ingest.cache import cache_root
+from components.ingest.cache import cache_root, disk_error
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
 from components.train.job import (
@@ -26,7 +26,7 @@ from components.train.job import (
 from components.train.progress import TrainEvent, make_board, relayed
 from components.train.tracking import TrackingSettings
 from model import errors
-from model.errors import EchoDistillError, InputError
+from model.errors import EchoDistillError, InputError, ServiceError
 
 # Read by a worker's libraries as they load. Threads that wait actively take the cores from the
 # threads that they wait for as soon as anything else runs: an iteration then takes ten times as
@@ -73,13 +73,14 @@ def train_pack(
 
     Raises:
         InputError: when settings, base or a given state are wrong.
-        ServiceError: when a model can't be fetched.
+        ServiceError: when a model can't be fetched, or storage or cluster are out of reach.
         EchoDistillError: when training broke for reasons of ours.
 
     """
     _check(spec, concepts)
     name = run_name or pack_name(spec, concepts)
     storage = _absolute(storage_path or spec.train.storage_path)
+    _check_storage(storage)
     board = make_board()
     job = PackJob(
         spec=spec,
@@ -119,8 +120,20 @@ def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
         )
 
 
+def _check_storage(storage: str) -> None:
+    """Refuse a storage path that can't be written, before any worker is asked for."""
+    if store.is_s3(storage):
+        store.exists(storage)  # raises for a bucket that is wrong or out of reach
+        return
+    try:
+        Path(storage).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, storage) from error
+
+
 def _fit(job: PackJob, storage: str) -> Any:
     """Run the workers; return the last checkpoint, or a sentence when they could not finish."""
+    from ray.exceptions import RayError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train import TrainingFailedError as Failed
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -148,6 +161,10 @@ def _fit(job: PackJob, storage: str) -> Any:
     )
     try:
         return trainer.fit().checkpoint
+    except RayError as error:  # the cluster or its controller broke, not the training
+        raise ServiceError(
+            f"Ray broke while it trained {job.run_name}: {_reason(error)}"
+        ) from error
     except Failed as error:
         log.error("training %s broke: %s", job.run_name, error)
         return f"training broke and used up its restarts: {_reason(error)}"

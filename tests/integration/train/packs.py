@@ -78,14 +78,19 @@ def trained(
     return run
 
 
-def loaded(spec: RunSpec, concepts: Sequence[Concept]) -> tuple[Frozen, list[Member]]:
-    """Loads the frozen networks (once a process) and the pack's members at their start."""
-    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None)
+def loaded(
+    spec: RunSpec,
+    concepts: Sequence[Concept],
+    checkpoint: Path | None = None,
+    given: tuple[str, ...] = (),
+) -> tuple[Frozen, list[Member]]:
+    """Loads the frozen networks (once a process) and the pack's members, as a worker does."""
+    job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None, given)
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
     key = (job.bases, dtype)
     if key not in _frozen:
         _frozen[key] = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution)
-    return _frozen[key], load_members(job, _frozen[key], None)
+    return _frozen[key], load_members(job, _frozen[key], checkpoint)
 
 
 def states(run: Run) -> dict[str, ConceptState]:

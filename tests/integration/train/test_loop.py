@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from components.train.checkpoint import ConceptState
+from components.train.checkpoint import ConceptState, write_state
 from components.train.loop import Block, Watcher
 from components.train.members import Member
+from model.errors import InputError
 from tests.integration.train.packs import (
     ITERATIONS,
     assert_close,
@@ -89,6 +91,7 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     results["half"] = stopped_states(spec, concepts, 3)
     results["resumed"] = states(trained(spec, concepts, results["half"]))
     results["one ahead"] = states(trained(spec, concepts, {"dog": results["half"]["dog"]}))
+    results["damaged"] = from_a_damaged_checkpoint(spec, concepts, results["half"])
     results["start"] = first_states(spec, concepts)
     broken = first_states(spec, concepts)
     broken["dog"].groups["student"]["kv"].fill_(1e38)
@@ -96,6 +99,25 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     results["broken"] = states(run)
     results["errors"] = {member.concept.id: member.error for member in run.members}
     return results
+
+
+def from_a_damaged_checkpoint(
+    spec: Any, concepts: Any, half: dict[str, ConceptState]
+) -> dict[str, Any]:
+    """Where members start from a checkpoint whose dog is cut short, and from one given by hand."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "states"
+        for name, state in half.items():
+            write_state(folder / name, state)
+        weights_file = folder / "dog" / "student.safetensors"
+        weights_file.write_bytes(weights_file.read_bytes()[:-8])
+        members = loaded(spec, concepts, folder)[1]
+        found: dict[str, Any] = {m.concept.id: m.state.iteration for m in members if m.state}
+        with pytest.raises(InputError) as caught:
+            loaded(spec, concepts, None, (work,))
+        with pytest.raises(InputError) as other:
+            loaded(spec.model_copy(update={"seed": 9}), concepts[1:], None, (work,))
+    return {**found, "error": str(caught.value), "other": str(other.value)}
 
 
 def first_states(spec: Any, concepts: Any) -> dict[str, ConceptState]:
@@ -188,6 +210,13 @@ def test_a_state_goes_on_in_another_world(one, two, stage):
     for rank in two:
         for name, found in rank[f"gone on.{stage}"].items():
             assert_close(found, one["adamw.0"][name], one["start"][name])
+
+
+def test_a_damaged_state_is_never_taken_for_whole(one):
+    found = one["damaged"]
+    assert (found["dog"], found["robot"]) == (0, 3)
+    assert "not whole" in found["error"] and "student.safetensors" in found["error"]
+    assert "other photos, settings or base" in found["other"]
 
 
 def test_bf16_keeps_float32_masters_and_learns(one):

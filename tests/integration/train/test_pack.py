@@ -17,7 +17,7 @@ from components.train.pack import train_pack
 from components.train.progress import TrainEvent
 from components.train.tracking import TrackingSettings
 from model.adapter import load_adapter
-from model.errors import InputError
+from model.errors import EchoDistillError, InputError
 from tests.integration.train.packs import (
     ITERATIONS,
     assert_equal,
@@ -165,6 +165,16 @@ def test_a_wrong_base_is_the_users_error_and_not_tried_again(tiny_paths, concept
             progress=events.append,
         )
     assert events == []
+
+
+def test_a_storage_that_cannot_be_written_is_refused_at_once(
+    tiny_paths, concepts_folder, s3_bucket, tmp_path
+):
+    concepts = checked_concepts(concepts_folder)
+    (tmp_path / "file").touch()
+    for storage in (f"{tmp_path}/file/runs", "s3://there-is-no-such-bucket/runs"):
+        with pytest.raises(EchoDistillError, match="file|bucket"):
+            train_pack(tiny_spec(tiny_paths), concepts, storage_path=storage)
 
 
 @pytest.mark.parametrize(
