@@ -29,19 +29,22 @@ BUCKET = "echodistill-demo"
 N_CONCEPTS = 2
 # Trainer, worker and replica, whatever the machine has.
 CPUS = 4
-TEACHER_AND_STUDENT_PROMPTS = (
+# A live subject and an object, of the samples that ship.
+SAMPLES = ("fox", "teapot")
+# None of these places is in the samples' photos.
+BEFORE_AND_AFTER_PROMPTS = (
     "a photo of a {}",
     "a {} on the beach",
     "a {} in the snow",
-    "a {} in the forest",
+    "a {} in the jungle",
 )
 ENDPOINT_PROMPTS = (
     "a {} with a city in the background",
-    "a {} on top of a wooden floor",
     "a {} with a mountain in the background",
-    "a {} on green grass",
-    "a {} at night",
-    "a {} on a red background",
+    "a {} on a cobblestone street",
+    "a {} on top of pink fabric",
+    "a {} floating on top of water",
+    "a {} with the Eiffel Tower in the background",
 )
 
 
@@ -140,7 +143,7 @@ def _show(
     pictures = folder / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
     answers = ask_endpoint(results, spec, prompts, pictures, progress)
-    drawn = draw_before_and_after(results, spec, TEACHER_AND_STUDENT_PROMPTS, pictures, progress)
+    drawn = draw_before_and_after(results, spec, BEFORE_AND_AFTER_PROMPTS, pictures, progress)
     outcomes = []
     for result in results:
         references = save_references(result, pictures / result.id)
@@ -151,12 +154,17 @@ def _show(
     return outcomes
 
 
-def demo_concepts(folder: Path) -> list[Path]:
-    """Choose the first concepts below a folder.
+def demo_concepts(folder: Path | None) -> list[Path]:
+    """Choose two concepts: the first below a folder, or two of the samples that ship.
 
     Raises:
-        InputError: when there are none.
+        InputError: when the folder holds none.
+        ServiceError: when the disk is full.
     """
+    if folder is None:
+        from model.pocket import pocket_paths
+
+        return [Path(pocket_paths().concepts) / name for name in SAMPLES]
     found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     found = [path for path in found if not path.name.startswith((".", "_"))]
     if not found:

@@ -51,10 +51,6 @@ def demo(
     quiet_libraries()
     preset, own = base_settings(base)
     spec = resolve_spec(preset, None, [*own, *demo_settings(out), *(sets or [])])
-    if concepts is None:
-        from model.pocket import pocket_paths
-
-        concepts = Path(pocket_paths().concepts)
     chosen = demo_concepts(concepts)
     job = Interruptible(output)
 
