@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,16 +60,17 @@ def pocket_paths() -> PocketPaths:
     """The pair's folders, unpacked on first use (atomic rename; safe with many processes).
 
     Raises:
-        ServiceError: when the cache folder cannot be written.
+        ServiceError: when the cache folder cannot be written or its disk is full.
     """
     base = os.environ.get("ECHODISTILL_CACHE") or Path.home() / ".cache" / "echodistill"
     root = Path(base) / f"pocket-{content_id()}"
     if not root.exists():
         try:
             _unpack_to(root)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other
+            why = getattr(error, "strerror", None) or str(error)
             raise ServiceError(
-                f"The pocket pair cannot be unpacked to {root} ({error.strerror or error}): make "
+                f"The pocket pair cannot be unpacked to {root} ({why}): make "
                 "room there, or set ECHODISTILL_CACHE to a folder that can be written."
             ) from error
     return PocketPaths(
@@ -80,7 +82,7 @@ def _unpack_to(root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".pocket-", dir=root.parent))
     try:
-        shutil.copytree(_HERE / "layout", work, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        _copy_layout(work)
         _write(work / "teacher" / "unet" / _UNET, _stored("teacher"))
         _write(work / "student" / "unet" / _UNET, _stored("student"))
         _write(work / "teacher" / "vae" / _UNET, _stored("vae"))
@@ -99,6 +101,16 @@ def _unpack_to(root: Path) -> None:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy_layout(work: Path) -> None:
+    """Contents only: a read-only installation's modes would stop us in our own folder."""
+    layout = _HERE / "layout"
+    for path in layout.rglob("*"):
+        if path.is_file():
+            copy = work / path.relative_to(layout)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _stored(name: str) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """The pocket pair's file format: 8 bits a weight with one scale an output channel, in safetensors.
 
 A matrix or convolution W [out, ...] is stored as int8 round(W / s) with s [out] = max |W| / 127
-(fp16); vectors and small tensors are stored as fp16. Unpacked, every tensor is fp16.
+(fp16); vectors and small tensors are stored as fp16. Unpacked, every tensor is fp16. The error of a
+value is half a step s at most where a row's max |W| is between 0.008 and fp16's 65504; below, s
+itself is a subnormal fp16 number and coarser.
 """
 
 from __future__ import annotations
