@@ -21,7 +21,7 @@ from model.errors import EchoDistillError, InputError
 from pipeline.demo_endpoint import Answer, ask_endpoint
 from pipeline.demo_pictures import Drawn, draw_before_and_after, loss_curves, save_references
 from pipeline.demo_report import write_results
-from pipeline.progress import Event, Progress
+from pipeline.progress import Event, Progress, StageClock
 from pipeline.run import ConceptResult, train_prefix
 from pipeline.services import embedded_s3, local_ray
 
@@ -105,6 +105,7 @@ def run_demo(
         EchoDistillError: when no concept could be trained, or a service failed.
     """
     start = time.monotonic()
+    progress = clock = StageClock(progress)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as services:
         progress(Event("start", "S3", "in this process"))
@@ -120,7 +121,15 @@ def run_demo(
             raise EchoDistillError(f"no concept could be trained ({reasons})")
         outcomes = _show(good, spec, folder, prompts, progress)
     progress(Event("stop", "", "Ray, endpoint and S3 have ended"))
-    summary = write_results(folder, spec, results, outcomes, total_seconds=time.monotonic() - start)
+    progress(Event("report", "", str(folder / "report.html")))
+    summary = write_results(
+        folder,
+        spec,
+        results,
+        outcomes,
+        total_seconds=time.monotonic() - start,
+        stage_seconds=clock.seconds,
+    )
     return DemoOutcome(folder, summary)
 
 
