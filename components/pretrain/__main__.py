@@ -79,6 +79,9 @@ def evaluate(
     figures: dict[str, float] = dict(of.parameters(networks))
     if world:
         figures |= of.measure(painter, networks.clip, world, count)
+        for kind, shown in (("seen", world), ("held_out", _world(work, device, held_out=True))):
+            named = of.naming(painter, networks.clip, shown, 4 * count)
+            figures |= {f"names_{kind}_{key}": value for key, value in named.items()}
     if speed:
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
     if samples:
@@ -102,11 +105,11 @@ def _built_world(work: Path) -> None:
         raise InputError(f"No world is built in {work / 'world'}: run build-world first.")
 
 
-def _world(work: Path, device: str) -> World:
+def _world(work: Path, device: str, held_out: bool = False) -> World:
     from components.pretrain.world import World
 
     _built_world(work)
-    return World(work / "world", device)
+    return World(work / "world", device, held_out)
 
 
 def _pair(which: str, work: Path, device: str) -> tuple[Pair, Painter]:

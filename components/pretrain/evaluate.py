@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from components.pretrain.captions import with_article
 from components.pretrain.pair import Painter, Pair
-from components.pretrain.world import World
+from components.pretrain.subjects import PLURAL
+from components.pretrain.world import NORMAL, World
 
 PROMPTS = [
     "a photo of a dog on the beach",
@@ -94,6 +96,34 @@ def measure(
     out["text_shuffled"] = float((seen["truth"] * text.roll(1, 0)).sum(1).mean())
     out["vae_psnr"] = float((10 * torch.log10(4 / error)).mean())
     return out
+
+
+@torch.no_grad()
+def naming(
+    painter: Painter, clip: Any, world: World, count: int, seed: int = 0
+) -> dict[str, float]:
+    """How often CLIP names what a true render on grass shows, among all names of the world.
+
+    Args:
+        painter: the pair.
+        clip: its CLIPModel.
+        world: with the subjects that were seen, or with those that were held out.
+        count: renders, in their own colours.
+        seed: of the renders.
+
+    Returns:
+        top1 and top5: shares of renders whose own name is the first, or among the first five.
+    """
+    clip = clip.to(painter.device)
+    scenes = world.sample(count, world.generator(seed), scene="grass", alone=True, zoom=NORMAL)
+    scenes.colour = torch.full_like(scenes.colour, -1)
+    seen = clip.vision_model(pixel_values=world.render(scenes)[0]).pooler_output
+    captions = [f"a photo of {with_article(n, n in PLURAL)} in the grass" for n in world.names]
+    read = clip.text_model(input_ids=painter.ids(captions)).pooler_output
+    pictures = F.normalize(clip.visual_projection(seen), dim=-1)
+    best = (pictures @ F.normalize(clip.text_projection(read), dim=-1).T).topk(5).indices
+    right = best == scenes.name[:, None]
+    return {"top1": float(right[:, 0].float().mean()), "top5": float(right.any(1).float().mean())}
 
 
 def parameters(pair: Pair) -> dict[str, int]:

@@ -213,6 +213,7 @@ def test_the_trained_pair_is_measured(trained: Path, tmp_path: Path) -> None:
     figures = json.loads(answer.stdout)
     assert figures["parameters_teacher"] == figures["parameters_student"] > 9e6
     assert {"text_truth", "text_teacher", "text_student", "text_shuffled"} <= set(figures)
+    assert 0 <= figures["names_held_out_top1"] <= figures["names_held_out_top5"] <= 1
     assert 3 < figures["vae_psnr"] < 40
 
 
