@@ -7,6 +7,8 @@ same digest is not trained again.
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +37,7 @@ from pipeline.tracking import tracking_uri
 State = Literal["trained", "already", "failed", "invalid"]
 Cluster = Callable[[], AbstractContextManager[None]]
 SECONDS_TAG = "train_seconds"
+_DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class _Runner:
             tracking=TrackingSettings(self._registry, spec.tracking.experiment),
             progress=relay(self._progress),
         )
+        refuse_full_disk(trained, spec.train.storage_path)
         results = {}
         for concept, made in zip(pack, trained, strict=True):
             try:
@@ -259,6 +263,19 @@ def _decided(result: ConceptResult, decision: Decision) -> ConceptResult:
     reasons = "; ".join(decision.reasons)
     note = result.note if decision.promoted else f"stays a candidate: {reasons}"
     return replace(result, promoted=decision.promoted, note=note)
+
+
+def refuse_full_disk(trained: Sequence[TrainedConcept], storage: str) -> None:
+    """Raise ServiceError when training broke because it could not write: that is nobody's concept.
+
+    The system's words are all that comes back from a worker.
+    """
+    for made in trained:
+        if made.error and any(words in made.error for words in _DISK_FULL):
+            raise ServiceError(
+                f"no space left on the disk while training wrote to {storage}: free some and run "
+                "again, it goes on where it was"
+            )
 
 
 def relay(progress: Progress) -> Callable[[TrainEvent], None]:

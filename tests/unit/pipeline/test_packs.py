@@ -3,9 +3,11 @@
 import pytest
 
 from components.ingest.concept_folder import Concept
+from components.train.job import TrainedConcept
 from components.train.progress import TrainEvent
+from model.errors import ServiceError
 from pipeline.progress import Event
-from pipeline.run import packs, relay
+from pipeline.run import packs, refuse_full_disk, relay
 
 
 def named(count: int) -> list[Concept]:
@@ -32,3 +34,10 @@ def test_training_events_say_iterations_pace_and_losses() -> None:
         Event("train", "fox", "0.50 s/it mse 0.123", 10, 100),
         Event("train", "fox", "done", 100, 100),
     ]
+
+
+def test_a_full_disk_is_no_fault_of_a_concept() -> None:
+    full = "training broke: [Errno 28] Error writing bytes. Detail: No space left on device"
+    refuse_full_disk([TrainedConcept("fox", "failed", error="it diverged")], "runs/train")
+    with pytest.raises(ServiceError, match="no space left on the disk.*runs/train"):
+        refuse_full_disk([TrainedConcept("fox", "failed", error=full)], "runs/train")
