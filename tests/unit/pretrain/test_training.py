@@ -217,6 +217,17 @@ def test_the_trained_pair_is_measured(trained: Path, tmp_path: Path) -> None:
     assert 3 < figures["vae_psnr"] < 40
 
 
+def test_the_card_says_what_the_shipped_pair_has() -> None:
+    answer = CliRunner().invoke(app, ["evaluate", "--count", "0", "--device", "cpu"])
+    assert answer.exit_code == 0, answer.output
+    card = (POCKET / "README.md").read_text()
+    for name, count in json.loads(answer.stdout).items():
+        row = next(line for line in card.splitlines() if f"`{name[11:]}.safetensors`" in line)
+        assert f"{count:,}" in row
+        size = (POCKET / "weights" / f"{name[11:]}.safetensors").stat().st_size
+        assert f"{size / 1e6:.1f} MB" in row
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
