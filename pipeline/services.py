@@ -27,7 +27,6 @@ def quiet_libraries() -> None:
     Values that are set already stay: a person's settings win.
     """
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray would build an environment of its own when the command was started by `uv run`.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

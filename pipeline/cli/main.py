@@ -7,7 +7,6 @@ needs its own extra and no other.
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 import traceback
@@ -22,19 +21,8 @@ from pipeline.cli.output import Output
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-# Which extra brings a package that may be missing.
-EXTRA_OF = {
-    "ray": "train",
-    "deepspeed": "train",
-    "mlflow": "train",
-    "jinja2": "train",
-    "accelerate": "train",
-    "fastapi": "serve",
-    "pydantic_settings": "serve",
-    "uvicorn": "serve",
-    "moto": "pipeline",
-    "kfp": "kubeflow",
-}
+# The extra that a command needs; `check` needs none.
+EXTRA_OF = {"train": "train", "generate": "serve", "serve": "serve", "demo": "pipeline"}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -53,22 +41,21 @@ def _root() -> None:
     """Batches of visual concepts in, one-step text-to-image adapters out."""
 
 
-def describe(error: BaseException) -> tuple[str, int]:
-    """The sentence and the exit code that an error stands for."""
+def describe(error: BaseException, command: str = "") -> tuple[str, int]:
+    """The sentence and the exit code that an error of a command stands for."""
     from model.errors import EchoDistillError
 
     if isinstance(error, EchoDistillError):
         return str(error), error.exit_code
     if isinstance(error, TyperException):
         return f"{error.format_message()} (echodistill --help)", WRONG_INPUT
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and command in EXTRA_OF:
         missing = (error.name or "").split(".")[0]
-        if missing in EXTRA_OF:
-            return (
-                f"this command needs {missing}, which is not installed: "
-                f"pip install 'echodistill[{EXTRA_OF[missing]}]'",
-                WRONG_INPUT,
-            )
+        return (
+            f"{command} needs {missing}, which is not installed: "
+            f"pip install 'echodistill[{EXTRA_OF[command]}]'",
+            WRONG_INPUT,
+        )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return f"the disk is full or its quota is used up{where}: free some space", NO_SERVICE
@@ -103,7 +90,7 @@ def run(arguments: list[str], output: Output) -> int:
         cause = caused_by(error)
         if isinstance(cause, KeyboardInterrupt):
             return _interrupted(output)
-        message, code = describe(cause)
+        message, code = describe(cause, arguments[0])
         if output.debug:
             traceback.print_exception(error, file=sys.stderr)
         output.fail(message, code)
@@ -124,7 +111,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:] or ["--help"]
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    output = Output(as_json=as_json, debug=debug or bool(os.environ.get("ECHODISTILL_DEBUG")))
+    output = Output(as_json=as_json, debug=debug)
     code = run(arguments, output)
     try:
         sys.stdout.flush()

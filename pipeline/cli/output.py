@@ -77,7 +77,8 @@ class Output:
 
     def fail(self, message: str, code: int) -> None:
         """One sentence on stderr, and with `--json` a document too unless one was written."""
-        self.errors.print(f"error: {message}", style="bold red" if self.errors.is_terminal else "")
+        # Not as markup: what is wrong may hold brackets.
+        self.errors.print(f"error: {message}", style="bold red", markup=False)
         self._stderr.flush()
         if self.as_json and self.document is None:
             self.finish({"error": {"message": message, "exit_code": code}})

@@ -1,11 +1,14 @@
 """What an error becomes: a sentence and an exit code."""
 
 import errno
+import sys
+from pathlib import Path
 
 import pytest
 
 from model.errors import EchoDistillError, InputError, ServiceError
-from pipeline.cli.main import caused_by, describe
+from pipeline.cli.main import caused_by, describe, run
+from pipeline.cli.output import Output
 
 
 @pytest.mark.parametrize(
@@ -15,8 +18,6 @@ from pipeline.cli.main import caused_by, describe
         (ServiceError("S3 is away: check the network"), 3, "check the network"),
         (EchoDistillError("the training diverged"), 4, "diverged"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 3, "runs/a"),
-        (ModuleNotFoundError("x", name="deepspeed.ops"), 2, "pip install 'echodistill[train]'"),
-        (ModuleNotFoundError("x", name="moto"), 2, "pip install 'echodistill[pipeline]'"),
         (ZeroDivisionError("division by zero"), 4, "--debug"),
     ],
 )
@@ -36,3 +37,29 @@ def test_the_cause_that_says_most_is_told() -> None:
         assert str(caused_by(outer)) == "the disk is full"
     bug = RuntimeError("a bug")
     assert caused_by(bug) is bug
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "extra"),
+    [
+        (["generate", "fox", "a fox"], "mlflow", "serve"),
+        (["serve", "--port", "0"], "fastapi", "serve"),
+        (["demo"], "moto", "pipeline"),
+    ],
+)
+def test_a_missing_package_names_the_extra_that_brings_it(
+    arguments: list[str],
+    missing: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in {missing, "serve"}]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run(arguments, Output()) == 2
+    told = capfd.readouterr().err
+    assert f"{arguments[0]} needs {missing}" in told
+    assert f"pip install 'echodistill[{extra}]'" in told
