@@ -19,7 +19,7 @@ from model.adapter import Adapter
 from model.base_pair import BasePair
 from model.cross_attention import join
 from model.errors import EchoDistillError, InputError
-from model.sampler import picture_noise, student_keys_values, to_uint8
+from model.sampler import picture_noise, sample_student, student_keys_values, to_uint8
 from serve.lru import ByteLru
 
 PROOF_PROMPT = "a photo of a dog"
@@ -138,10 +138,10 @@ class Engine:
     def _draw(self, requests: Sequence[PictureRequest]) -> np.ndarray:
         kv = torch.stack([self._kv(request) for request in requests])
         noise = picture_noise(self.pair, [request.seed for request in requests])
-        z = self._denoise(noise, kv, [request.steps for request in requests])
-        if not torch.isfinite(z).all():
+        images = sample_student(self.pair, kv, noise, [request.steps for request in requests])
+        if not torch.isfinite(images).all():
             raise DrawError("the networks gave values that are not finite: use another dtype.")
-        pictures = to_uint8(self.pair.decode(z).clamp(-1, 1))
+        pictures = to_uint8(images)
         return np.ascontiguousarray(pictures.permute(0, 2, 3, 1).numpy())
 
     def _kv(self, request: PictureRequest) -> torch.Tensor:
@@ -155,32 +155,3 @@ class Engine:
         else:
             self.keys_values_hits += 1
         return kv
-
-    def _denoise(self, noise: torch.Tensor, kv: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
-        """Latents [R, c, h, w]: `model.sampler`'s DDIM, where each row has its own step count.
-
-        All trailing schedules begin at the last time step, so the first forward holds every row;
-        each later one holds the rows that have steps left.
-        """
-        schedule = self.pair.student_schedule
-        times = [schedule.timesteps(count, "trailing") for count in steps]
-        z = noise.to(self.pair.device) * schedule.initial_scale
-        for k in range(max(steps)):
-            rows = [r for r, count in enumerate(steps) if k < count]
-            t = torch.tensor([times[r][k] for r in rows], device=z.device)
-            abar_next = torch.tensor(
-                [
-                    float(schedule.abar[times[r][k + 1]])
-                    if k + 1 < steps[r]
-                    else schedule.final_abar
-                    for r in rows
-                ],
-                dtype=torch.float64,
-            ).view(-1, 1, 1, 1)
-            prediction = self.pair.denoise(self.pair.student, z[rows], t, kv[rows])
-            x0 = schedule.x0(prediction, z[rows], t)
-            eps = schedule.eps(prediction, z[rows], t)
-            signal = abar_next.sqrt().to(z.device, z.dtype)
-            remainder = (1 - abar_next).sqrt().to(z.device, z.dtype)
-            z[rows] = signal * x0 + remainder * eps
-        return z
