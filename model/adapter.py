@@ -26,6 +26,7 @@ from model import METHOD_VERSION
 from model.base_pair import BasePair
 from model.cross_attention import KVLayout, join, split
 from model.errors import EchoDistillError, InputError
+from model.names import CONCEPT_ID
 from model.text import TOKEN_PATTERN
 from model.views import name_concept
 
@@ -37,7 +38,6 @@ CARD_FILE = "README.md"
 PREVIEW_FILE = "preview.png"
 TOKEN_ROWS = "token_rows"
 
-_CONCEPT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _LAYER = re.compile(r"[A-Za-z0-9_.]{1,200}\.to_[kv]\.weight")
 
 
@@ -326,7 +326,7 @@ def _check_meta(meta: Any, path: Path) -> None:
     concept, base = meta.get("concept"), meta.get("base")
     need(isinstance(concept, dict) and isinstance(base, dict), "concept or base is missing")
     need(
-        isinstance(concept.get("id"), str) and bool(_CONCEPT_ID.fullmatch(concept["id"])),
+        isinstance(concept.get("id"), str) and bool(CONCEPT_ID.fullmatch(concept["id"])),
         f"concept id {concept.get('id')!r} is not allowed",
     )
     noun = concept.get("class_noun")

@@ -18,13 +18,13 @@ from components.ingest.concept_folder import Concept
 from components.ingest.store import resolve_model
 from components.promote.promote import Decision, promote
 from components.register.registry import (
-    CHAMPION,
     RegisteredVersion,
     fetch_adapter,
     get_version,
 )
 from components.spec import RunSpec
 from model.base_pair import BasePair, load_base_pair
+from model.names import CHAMPION
 from pipeline.progress import Event, Progress
 
 MEASURED = "clip_i"  # a version that has this figure was evaluated

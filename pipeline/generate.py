@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from components.ingest.cache import cache_root, disk_error, replacing, replacing_folder
 from components.register.registry import (
-    CHAMPION,
     RegisteredVersion,
     fetch_adapter,
     get_version,
 )
 from model.errors import EchoDistillError, InputError
+from model.names import CHAMPION
 from pipeline.progress import Event, Progress
 
 if TYPE_CHECKING:

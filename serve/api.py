@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-CONCEPT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+from model.names import CHAMPION, CONCEPT_ID
+
 ALIAS_OR_VERSION = re.compile(r"[A-Za-z0-9_-]{1,63}")
-CHAMPION = "champion"
 # Seeds travel through JSON, where a whole number is exact up to here.
 LARGEST_SEED = 2**53 - 1
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import EchoDistillError, ServiceError
+from model.names import BASE_HASH_TAG, CHAMPION, MODEL_PREFIX, SHA256_TAG
 
-MODEL_PREFIX = "echodistill."
 ADAPTER_ARTIFACT = "artifacts/adapter"
 _LONGEST_VERSION = 9  # digits; what is longer overflows the registry's column
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -85,7 +85,7 @@ class Registry:
                     filter_string=f"name LIKE '{MODEL_PREFIX}%'", max_results=500, page_token=token
                 )
                 for item in page:
-                    champion = item.aliases.get("champion")
+                    champion = item.aliases.get(CHAMPION)
                     if champion is not None:
                         concept = item.name.removeprefix(MODEL_PREFIX)
                         created = int(item.creation_timestamp // 1000)
@@ -146,8 +146,8 @@ class Registry:
 
 
 def _pinned(concept: str, found: Any) -> Pinned:
-    sha256 = found.tags.get("adapter_sha256", "")
-    base_hash = found.tags.get("base_hash", "")
+    sha256 = found.tags.get(SHA256_TAG, "")
+    base_hash = found.tags.get(BASE_HASH_TAG, "")
     if not _SHA256.fullmatch(sha256) or not base_hash:
         raise BadVersionError(
             f"version {found.version} of '{concept}' has no adapter_sha256 or base_hash tag in "

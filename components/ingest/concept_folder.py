@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ from components.ingest.concept_facts import BesideFacts
 from components.ingest.store import Entry
 from model import METHOD_VERSION
 from model.errors import InputError
+from model.names import CONCEPT_ID
 
 if TYPE_CHECKING:
     import torch
 
-ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_IMAGES = 64
 MAX_IMAGE_BYTES = 256 << 20
 _FOLDER_DEPTH = 2  # <id>/<image>, and one level more to see images that lie too deep
@@ -199,7 +198,7 @@ def _check_concept(
     concept_id: str, entries: Sequence[Entry], outside: BesideFacts, cache: Path | None
 ) -> CheckedConcept:
     problems: list[str] = []
-    if not ID_PATTERN.fullmatch(concept_id):
+    if not CONCEPT_ID.fullmatch(concept_id):
         problems.append(
             f"{concept_id}: a concept id is a-z, 0-9, _ and -, starts with a letter or digit and "
             "has at most 63 characters: rename the folder"

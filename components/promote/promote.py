@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from components.evaluate.evaluate import BEFORE, MODELS_TAG, PROTOCOL_TAG
 from components.register.connection import code_of, connect, reaching
 from components.register.registry import (
-    CHAMPION,
     RegisteredVersion,
     get_version,
     model_name,
 )
 from components.spec import GateSpec
 from model.errors import InputError
+from model.names import CHAMPION
 
 PREVIOUS_TAG = "replaced_champion"  # on a champion: the version it took the place of
 _COMPARED = ("clip_i", "dino", "clip_t")

@@ -14,18 +14,19 @@ from components.ingest.cache import disk_error
 from components.register.connection import code_of, connect, experiment_id, reaching
 from model.adapter import Adapter, load_adapter
 from model.errors import EchoDistillError, InputError
+from model.names import (
+    BASE_HASH_TAG,
+    CANDIDATE,
+    CONCEPT_DIGEST_TAG,
+    MODEL_PREFIX,
+    SHA256_TAG,
+    SPEC_DIGEST_TAG,
+)
 
 if TYPE_CHECKING:
     from components.ingest.concept_folder import Concept
 
-MODEL_PREFIX = "echodistill."
-CANDIDATE = "candidate"
-CHAMPION = "champion"
 ADAPTER_ARTIFACT = "artifacts/adapter"  # below a version's source
-CONCEPT_DIGEST_TAG = "concept_digest"
-SPEC_DIGEST_TAG = "spec_digest"
-BASE_HASH_TAG = "base_hash"
-SHA256_TAG = "adapter_sha256"
 METRIC_TAG = "metric."  # one tag a metric: metric.clip_i
 _MODEL_FILE = Path(__file__).parent / "pyfunc_model.py"
 _NEEDS = ("torch", "diffusers", "transformers", "safetensors", "pillow", "pandas", "mlflow")

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from components.ingest.concept_folder import Concept
-from components.register.registry import CHAMPION, register_adapter
+from components.register.registry import register_adapter
 from model.adapter import AdapterInfo, prompt_for, save_adapter
 from model.base_pair import BasePair
+from model.names import CHAMPION
 from serve.engine import Engine, PictureRequest
 from serve.registry import Registry
 from serve.store import AdapterStore

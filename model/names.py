@@ -1,0 +1,20 @@
+"""Names that several rooms of the house must agree on; imports nothing heavy."""
+
+import re
+
+CONCEPT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+"""A concept's id: also a folder, a part of URLs and of registry names, so nothing else passes."""
+
+MODEL_PREFIX = "echodistill."
+"""A concept's registered model is `echodistill.<concept id>`."""
+
+CANDIDATE = "candidate"
+"""Alias of the version that was registered last."""
+
+CHAMPION = "champion"
+"""Alias of the version that is served."""
+
+CONCEPT_DIGEST_TAG = "concept_digest"
+SPEC_DIGEST_TAG = "spec_digest"
+BASE_HASH_TAG = "base_hash"
+SHA256_TAG = "adapter_sha256"
