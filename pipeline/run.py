@@ -72,6 +72,11 @@ class ConceptResult:
     run_id: str | None = None
     concept: Concept | None = None
 
+    @property
+    def good(self) -> bool:
+        """Whether nothing is left to look at: trained and through its gate, or there already."""
+        return self.state == "already" or (self.state == "trained" and self.promoted)
+
     def as_json(self) -> dict[str, Any]:
         """Give the shape of `--json`."""
         return {

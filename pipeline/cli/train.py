@@ -38,7 +38,8 @@ def train(
     """Train concepts, register their adapters, evaluate and promote them.
 
     Concepts that were trained with the same images, settings and base are not trained again.
-    Exit code 1 when a concept is not valid or failed; the others are done all the same.
+    Exit code 1 when a concept is not valid, failed or did not pass the gate against its champion;
+    the others are done all the same.
     """
     output: Output = context.obj
     resolved = _resolve(base, spec, sets or [], tracking_uri)
@@ -59,7 +60,7 @@ def train(
         results = job.run(work, abort_training)
     document = {"concepts": [one.as_json() for one in results]}
     output.finish(document, lambda console: _draw(console, results))
-    raise typer.Exit(0 if all(one.state in ("trained", "already") for one in results) else 1)
+    raise typer.Exit(0 if all(one.good for one in results) else 1)
 
 
 def _resolve(

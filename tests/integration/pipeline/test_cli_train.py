@@ -48,6 +48,15 @@ def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) ->
     run(*words, cwd=tmp_path)
     assert [path.read_bytes() for path in paths] == first, "the same seeds, other pictures"
 
+    # A candidate that does not pass the gate is told by the exit code; the champion stays.
+    strict = ("--force", "--set", "gate.min_clip_t=1", "--json")
+    done = run("train", str(concepts / "my-dog"), *base, *QUICK, *strict, cwd=tmp_path)
+    assert done.code == 1, done.stderr
+    (second,) = done.document["concepts"]
+    assert (second["state"], second["version"], second["promoted"]) == ("trained", "2", False)
+    assert second["error"] is None and "clip_t" in second["note"]
+    assert run(*words, cwd=tmp_path).document["version"] == "1"
+
     refused(run("generate", "my-cat", "a cat", "--json", cwd=tmp_path), 2, "my-cat", "train it")
     refused(run("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
 
