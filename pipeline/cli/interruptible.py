@@ -98,6 +98,7 @@ class Interruptible:
             self._listen()
         if thread.is_alive():
             _kill_children()
+            thread.join(10)  # what waited for them goes on to its clean-up
 
 
 def _kill_children() -> None:

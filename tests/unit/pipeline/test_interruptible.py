@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
 import pytest
 
+from pipeline.cli import interruptible
 from pipeline.cli.interruptible import Interruptible, TerminatedError
 from pipeline.progress import Event, silent
 
@@ -59,3 +61,17 @@ def test_work_that_only_reports_is_ended_at_its_next_report() -> None:
     with pytest.raises(KeyboardInterrupt):
         job.run(work, lambda: None)
     assert 4 <= len(heard) < 20
+
+
+def test_a_process_that_will_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptible, "PATIENCE_SECONDS", 1.0)
+    cleaned: list[int | None] = []
+
+    def work() -> None:
+        child = subprocess.Popen(["sleep", "600"])
+        os.kill(os.getpid(), signal.SIGINT)
+        cleaned.append(child.wait())
+
+    with pytest.raises(KeyboardInterrupt):
+        Interruptible(silent).run(work, lambda: None)
+    assert cleaned == [-signal.SIGKILL]
