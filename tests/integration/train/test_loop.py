@@ -85,7 +85,7 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     results["reversed"] = states(trained(spec, concepts[::-1]))
     results["bf16"] = states(trained(tiny_spec(paths, "train.precision=bf16"), concepts))
     results["no adversary"] = states(trained(tiny_spec(paths, "loss.adv_weight=0"), concepts))
-    results["lpips"] = states(trained(tiny_spec(paths, "loss.perceptual=lpips"), concepts))
+    results["swd"] = states(trained(tiny_spec(paths, "loss.perceptual=swd"), concepts))
     results["one pass"] = states(trained(tiny_spec(paths, "train.items_at_once=null"), concepts))
     results["blocks"] = states(trained(tiny_spec(paths, "tracking.log_every=1"), concepts))
     results["half"] = stopped_states(spec, concepts, 3)
@@ -234,7 +234,7 @@ def test_a_loss_without_weight_trains_nothing(one):
         heads = weights(one["start"][name])
         assert all(torch.equal(v, heads[k]) for k, v in weights(state).items() if "heads" in k)
         assert set(state.losses) == {"rec", "mse", "id", "perc"}
-    for name, state in one["lpips"].items():
+    for name, state in one["swd"].items():
         assert not torch.equal(
             state.groups["student"]["kv"], one["adamw.0"][name].groups["student"]["kv"]
         )
