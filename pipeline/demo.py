@@ -27,9 +27,6 @@ from pipeline.services import embedded_s3, local_ray
 
 BUCKET = "echodistill-demo"
 N_CONCEPTS = 2
-# With the echo round these are 131 iterations of 1.6 s each for a pack of two on two cores, which
-# leaves room below the 240 s that the demonstration may train (stage_seconds in summary.json).
-ITERATIONS = 105
 # Trainer, worker and replica, whatever the machine has.
 CPUS = 4
 # A live subject and an object, of the samples that ship.
@@ -192,5 +189,4 @@ def demo_settings(folder: Path) -> list[str]:
         f'tracking.uri="sqlite:///{root / "mlflow.db"}"',
         "train.keep_teacher=true",
         f"pack.size={N_CONCEPTS}",
-        f"train.iterations={ITERATIONS}",
     ]
