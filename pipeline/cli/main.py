@@ -24,6 +24,7 @@ OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4
 # The extra that a command needs; `check` needs none.
 EXTRA_OF = {"train": "train", "generate": "serve", "serve": "serve", "demo": "pipeline"}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 app = typer.Typer(
     add_completion=False,
@@ -59,6 +60,12 @@ def describe(error: BaseException, command: str = "") -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = f" ({error.filename})" if error.filename else ""
         return f"the disk is full or its quota is used up{where}: free some space", NO_SERVICE
+    if isinstance(error, OSError) and error.errno in NOT_WRITABLE and error.filename:
+        return (
+            f"{error.filename} cannot be written ({error.strerror}): give a folder that can, or "
+            "change its owner or permissions",
+            WRONG_INPUT,
+        )
     kind = type(error).__name__
     return f"an error of ours: {kind}: {error}; --debug shows where, please report it", OUR_ERROR
 

@@ -50,12 +50,14 @@ def serve(
     read_keys(settings)
     free_port(settings.host, settings.port)
     enough = threading.Event()
+    output.say("starting Ray and the endpoint (half a minute)")
 
     def work() -> None:
         with local_ray(cpus=settings.replicas + 1, echo=output.debug):
             endpoint = start(settings)
             try:
-                _announce(output, endpoint.url, settings)
+                if not enough.is_set():
+                    _announce(output, endpoint.url, settings)
                 enough.wait()
             finally:
                 endpoint.stop()

@@ -18,6 +18,8 @@ from pipeline.cli.output import Output
         (ServiceError("S3 is away: check the network"), 3, "check the network"),
         (EchoDistillError("the training diverged"), 4, "diverged"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 3, "runs/a"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/b"), 2, "runs/b cannot be"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/c"), 2, "permissions"),
         (ZeroDivisionError("division by zero"), 4, "--debug"),
     ],
 )
