@@ -23,7 +23,10 @@ demo: $(STAMP) ## Train two sample concepts end to end, serve them, write runs/d
 	@$(VENV)/bin/echodistill demo
 
 test: $(STAMP) ## Run every test that needs no GPU
-	@OMP_NUM_THREADS=1 $(PY) -m pytest
+	@# Two processes: a Ray driver that has lived through the integration tests can end a process
+	@# that starts ranks of its own.
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_house.py tests/unit
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/integration
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check .
