@@ -3,6 +3,11 @@
 A message is one sentence that says what is wrong, where, and what to do about it.
 """
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the operating system's errors that mean there is no room to write."""
+
 
 class EchoDistillError(Exception):
     """An error of ours: the root of every error that the project raises on purpose."""

@@ -14,6 +14,9 @@ CANDIDATE = "candidate"
 CHAMPION = "champion"
 """Alias of the version that is served."""
 
+ADAPTER_ARTIFACT = "artifacts/adapter"
+"""Where a version keeps its adapter folder, below its source."""
+
 CONCEPT_DIGEST_TAG = "concept_digest"
 SPEC_DIGEST_TAG = "spec_digest"
 BASE_HASH_TAG = "base_hash"

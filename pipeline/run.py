@@ -7,7 +7,6 @@ same digest is not trained again.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
 from components.train.tracking import TrackingSettings
-from model.errors import EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
 from pipeline.progress import Event, Progress, silent
@@ -37,7 +36,7 @@ from pipeline.tracking import tracking_uri
 State = Literal["trained", "already", "failed", "invalid"]
 Cluster = Callable[[], AbstractContextManager[None]]
 SECONDS_TAG = "train_seconds"
-_DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_DISK_FULL = tuple(os.strerror(code) for code in DISK_FULL)
 
 
 @dataclass(frozen=True)

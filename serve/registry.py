@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import EchoDistillError, ServiceError
-from model.names import BASE_HASH_TAG, CHAMPION, MODEL_PREFIX, SHA256_TAG
+from model.names import ADAPTER_ARTIFACT, BASE_HASH_TAG, CHAMPION, MODEL_PREFIX, SHA256_TAG
 
-ADAPTER_ARTIFACT = "artifacts/adapter"
 _LONGEST_VERSION = 9  # digits; what is longer overflows the registry's column
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 
 _CHUNK = 1 << 20
 _READABLE = 0o644  # a cache may be shared by users; temporary files are born private
@@ -27,7 +27,7 @@ def cache_root(cache: Path | None = None) -> Path:
 
 def disk_error(error: OSError, where: Path | str) -> EchoDistillError:
     """Turn an error of the disk into one sentence that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return ServiceError(f"no space left on the disk while writing {where}: free some and rerun")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"may not write {where}: change its permissions or the setting naming it")

@@ -15,6 +15,7 @@ from components.register.connection import code_of, connect, experiment_id, reac
 from model.adapter import Adapter, load_adapter
 from model.errors import EchoDistillError, InputError
 from model.names import (
+    ADAPTER_ARTIFACT,
     BASE_HASH_TAG,
     CANDIDATE,
     CONCEPT_DIGEST_TAG,
@@ -26,7 +27,6 @@ from model.names import (
 if TYPE_CHECKING:
     from components.ingest.concept_folder import Concept
 
-ADAPTER_ARTIFACT = "artifacts/adapter"  # below a version's source
 METRIC_TAG = "metric."  # one tag a metric: metric.clip_i
 _MODEL_FILE = Path(__file__).parent / "pyfunc_model.py"
 _NEEDS = ("torch", "diffusers", "transformers", "safetensors", "pillow", "pandas", "mlflow")

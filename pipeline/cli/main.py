@@ -23,7 +23,6 @@ OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4
 
 # The extra that a command needs; `check` needs none.
 EXTRA_OF = {"train": "train", "generate": "serve", "serve": "serve", "demo": "pipeline"}
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 app = typer.Typer(
@@ -44,7 +43,7 @@ def _root() -> None:
 
 def describe(error: BaseException, command: str = "") -> tuple[str, int]:
     """The sentence and the exit code that an error of a command stands for."""
-    from model.errors import EchoDistillError
+    from model.errors import DISK_FULL, EchoDistillError
 
     if isinstance(error, EchoDistillError):
         return str(error), error.exit_code
@@ -72,7 +71,7 @@ def describe(error: BaseException, command: str = "") -> tuple[str, int]:
 
 def caused_by(error: BaseException) -> BaseException:
     """The error worth telling: ours if one is in the chain of causes, else the outermost."""
-    from model.errors import EchoDistillError
+    from model.errors import DISK_FULL, EchoDistillError
 
     link: BaseException | None = error
     seen: set[int] = set()
