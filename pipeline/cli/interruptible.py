@@ -102,11 +102,12 @@ class Interruptible:
 
 
 def _kill_children() -> None:
-    """End every process below this one at once: the last resort against leaving any behind."""
+    """End every process below this one at once: the last resort against leaving any behind.
+
+    Only killed, never waited for: the exit status belongs to whoever started the process.
+    """
     import psutil
 
-    children = psutil.Process().children(recursive=True)
-    for child in children:
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
-    psutil.wait_procs(children, timeout=5)
