@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from model.errors import InputError
-from model.settings import EchoSettings, LossSettings, ViewSettings
+from model.settings import EchoSettings, LossSettings, MethodSettings, ViewSettings
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "pocket"
@@ -113,6 +113,7 @@ class RunSpec(_Section):
     resolution: int = Field(default=512, ge=16, le=4096, multiple_of=8)
     batch_size: int = Field(default=2, ge=1, le=1024)
     train: TrainSpec = TrainSpec()
+    method: MethodSettings = MethodSettings()
     loss: LossSettings = LossSettings()
     views: ViewSettings = ViewSettings()
     echo: EchoSettings = EchoSettings()

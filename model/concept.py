@@ -73,20 +73,41 @@ class StudentWeights(nn.Module):
 
     Attributes:
         kv: [N, C_S, d] float32 parameter, `W_k` and `W_v` of all layers of `S`.
+        rows: [N, K, d] float32 parameter, token rows of the student's own; None, as the method has
+            it, when it reads the teacher's.
     """
 
-    def __init__(self, kv: torch.Tensor) -> None:
+    def __init__(self, kv: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Take start values; they are copied."""
         super().__init__()
         self.kv = nn.Parameter(kv.detach().float().clone())
+        self.rows = None if rows is None else nn.Parameter(rows.detach().float().clone())
 
     @classmethod
     def from_pair(cls, pair: BasePair, n: int) -> "StudentWeights":
         """Start n concepts at the base."""
         return cls(_repeat(pair.student_kv, n))
 
-    def forward(self, text_states: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
-        """Compute keys and values [R, L, C_S] from text states [R, L, d]."""
+    def forward(
+        self,
+        text_encoder: nn.Module,
+        prompts: Prompts,
+        concept: torch.Tensor,
+        text_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the student's keys and values.
+
+        Args:
+            text_encoder: frozen `tau`.
+            prompts: R prompts; read only with token rows of the student's own.
+            concept: [R] long, on the CPU.
+            text_states: [R, L, d], the prompts as the teacher's token rows make them.
+
+        Returns:
+            keys and values [R, L, C_S].
+        """
+        if self.rows is not None:
+            text_states = encode(text_encoder, prompts, self.rows[concept.to(self.rows.device)])
         return keys_values(text_states, self.kv, concept)
 
 

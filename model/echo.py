@@ -115,7 +115,8 @@ def _draw(
     place = torch.full((len(prompts),), n)
     tokenized = tokenize(pair.tokenizer, prompts, [concept.text.token])
     text_states, _ = teacher(pair.text_encoder, tokenized, place)
-    images = sample_student(pair, student(text_states, place), torch.stack(noise))
+    kv = student(pair.text_encoder, tokenized, place, text_states)
+    images = sample_student(pair, kv, torch.stack(noise))
     return [EchoSample(i, p) for i, p in zip(to_uint8(images), prompts, strict=True)]
 
 

@@ -131,7 +131,7 @@ def student_draw(
     pair, schedule = frozen.pair, frozen.pair.student_schedule
     start = batch.noise * schedule.initial_scale
     t = torch.full_like(batch.t, LAST_STEP)
-    kv = student(text_states.detach(), batch.concept)
+    kv = student(pair.text_encoder, batch.prompts, batch.concept, text_states.detach())
     prediction = pair.denoise(pair.student, start, t, kv)
     z_s = schedule.x0(prediction, start, t)
     return Drawn(z_s, pair.decode(z_s))

@@ -18,6 +18,24 @@ def _check(owner: object, low: float, high: float, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class MethodSettings:
+    """Which parts of the method take part; all but the defaults are there to be compared with.
+
+    Attributes:
+        order: `together`, items 1 to 5 in every iteration; `sequential`, item 1 alone for the whole
+            main stage, then items 2 to 5 for as many iterations; `teacher`, item 1 alone, which
+            leaves the student as it is.
+        shared_text: the student reads the token rows that the teacher learns; without, it has rows
+            of its own that learn from its own loss.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
+
+    order: Literal["together", "sequential", "teacher"] = "together"
+    shared_text: bool = True
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """Weights and variants of the losses of items 1 to 5.
 

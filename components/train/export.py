@@ -61,7 +61,9 @@ def export_adapters(run: Run, bases: BasePaths, folder: Path) -> dict[str, dict[
 def _export(run: Run, member: Member, bases: BasePaths, folder: Path) -> str:
     spec, pair, concept, state = run.spec, run.frozen.pair, member.concept, member.state
     assert state is not None and state.iteration == total_iterations(spec)
-    teacher = state.groups["teacher"]
+    teacher, student = state.groups["teacher"], state.groups["student"]
+    # A teacher's file has the adapter's token rows, so one with other rows is not kept.
+    keeps = spec.train.keep_teacher and spec.method.shared_text
     info = AdapterInfo(
         concept_id=concept.id,
         class_noun=concept.class_noun,
@@ -79,9 +81,9 @@ def _export(run: Run, member: Member, bases: BasePaths, folder: Path) -> str:
         folder,
         pair=pair,
         info=info,
-        student_kv=state.groups["student"]["kv"],
-        token_rows=teacher["rows"],
-        teacher_kv=teacher["kv"] if spec.train.keep_teacher else None,
+        student_kv=student["kv"],
+        token_rows=student.get("rows", teacher["rows"]),
+        teacher_kv=teacher["kv"] if keeps else None,
     )
     adapter = load_adapter(folder, sha256)
     phrase = f"{concept.token} {concept.class_noun}"

@@ -106,9 +106,35 @@ def pack_name(spec: RunSpec, concepts: Sequence[Concept]) -> str:
 
 def total_iterations(spec: RunSpec) -> int:
     """Count the iterations of the main stage and all echo rounds."""
-    return spec.train.iterations + spec.echo.rounds * echo_iterations(spec)
+    return main_iterations(spec) + spec.echo.rounds * echo_iterations(spec)
+
+
+def main_iterations(spec: RunSpec) -> int:
+    """Count the iterations of the main stage; one after the other, each network has its own."""
+    return spec.train.iterations * (2 if spec.method.order == "sequential" else 1)
 
 
 def echo_iterations(spec: RunSpec) -> int:
-    """Count the iterations of one echo round."""
+    """Count the iterations of one echo round; a student that learns nothing has none to give."""
+    if spec.method.order == "teacher":
+        return 0
     return round(spec.train.iterations * spec.echo.iterations_share)
+
+
+def taking_part(spec: RunSpec, iteration: int) -> tuple[bool, bool]:
+    """Tell whether an iteration has the teacher's item 1, and items 2 to 5."""
+    order = spec.method.order
+    if order == "sequential" and iteration < main_iterations(spec):
+        return iteration < spec.train.iterations, iteration >= spec.train.iterations
+    return True, order != "teacher"
+
+
+def steps_done(spec: RunSpec, iteration: int) -> tuple[int, int]:
+    """Count the optimizer steps of the teacher, and of student and heads, before an iteration."""
+    if spec.method.order == "teacher":
+        return iteration, 0
+    if spec.method.order == "together":
+        return iteration, iteration
+    alone = spec.train.iterations
+    echo = max(0, iteration - 2 * alone)
+    return min(iteration, alone) + echo, min(max(0, iteration - alone), alone) + echo

@@ -25,7 +25,13 @@ from components.train.engines import (
     read_state,
     stack_states,
 )
-from components.train.job import echo_iterations, total_iterations
+from components.train.job import (
+    echo_iterations,
+    main_iterations,
+    steps_done,
+    taking_part,
+    total_iterations,
+)
 from components.train.members import Member, echo_of
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import StudentWeights, TeacherWeights
@@ -42,6 +48,7 @@ from model.iteration import (
 )
 
 LOSS = "loss/"
+NORM = "grad_norm/"
 
 
 @dataclass(frozen=True)
@@ -180,33 +187,60 @@ class Segment:
 
     def _iterate(self, iteration: int) -> dict[str, torch.Tensor]:
         """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
-        settings, frozen, heads = self.run.spec.loss, self.run.frozen, self.heads.module
+        learns, distils = taking_part(self.run.spec, iteration)
         batches = self._batches(iteration)
+        values: dict[str, torch.Tensor] = {}
+        if learns:
+            text_states = self._learn(batches, values)
+        else:
+            text_states = [self._read(batch) for batch in batches]
+        if distils:
+            self._distil(batches, text_states, values)
+        return values
+
+    def _learn(self, batches: list[Batch], values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Item 1: step the teacher; returns each batch's text states from before the step."""
+        settings, frozen = self.run.spec.loss, self.run.frozen
         learned = [teacher_loss(frozen, self.teacher, batch, settings) for batch in batches]
-        parts = {"rec": _mean([loss for loss, _ in learned])}
-        norms = {"teacher": self._step(self.teacher, parts["rec"])}
+        loss = _mean([loss for loss, _ in learned])
+        values[f"{LOSS}rec"] = loss.detach()
+        values[f"{NORM}teacher"] = self._step(self.teacher, loss)
+        return [text_states for _, text_states in learned]
+
+    @torch.no_grad()
+    def _read(self, batch: Batch) -> torch.Tensor:
+        """Give a batch's text states where the teacher does not learn."""
+        encoder = self.run.frozen.pair.text_encoder
+        text_states, _ = self.teacher.module(encoder, batch.prompts, batch.concept)
+        return text_states
+
+    def _distil(
+        self,
+        batches: list[Batch],
+        text_states: list[torch.Tensor],
+        values: dict[str, torch.Tensor],
+    ) -> None:
+        """Items 2 to 5: step the student, then the heads."""
+        heads = self.heads.module
         # The student's loss runs through the heads: what reached them would be taken for their own
         # gradient by their engine.
         heads.requires_grad_(False)
-        answered = [
-            self._student_loss(batch, text_states)
-            for batch, (_, text_states) in zip(batches, learned, strict=True)
-        ]
-        norms["student"] = self._step(self.student, _mean([loss.total for loss in answered]))
+        rows = zip(batches, text_states, strict=True)
+        answered = [self._student_loss(batch, states) for batch, states in rows]
+        values[f"{NORM}student"] = self._step(
+            self.student, _mean([loss.total for loss in answered])
+        )
         heads.requires_grad_(True)
         for name in answered[0].parts:
-            parts[name] = _mean([loss.parts[name] for loss in answered])
+            values[LOSS + name] = _mean([loss.parts[name] for loss in answered])
         if answered[0].fake_features:
             judged = [
-                discriminator_loss(frozen, self.heads, batch, loss.fake_features)
+                discriminator_loss(self.run.frozen, self.heads, batch, loss.fake_features)
                 for batch, loss in zip(batches, answered, strict=True)
             ]
-            parts["disc"] = _mean(judged)
-            norms["heads"] = self._step(self.heads, parts["disc"])
-        return {
-            **{LOSS + name: value.detach() for name, value in parts.items()},
-            **{f"grad_norm/{name}": value for name, value in norms.items()},
-        }
+            loss = _mean(judged)
+            values[f"{LOSS}disc"] = loss.detach()
+            values[f"{NORM}heads"] = self._step(self.heads, loss)
 
     def _student_loss(self, batch: Batch, text_states: torch.Tensor) -> StudentLoss:
         settings, frozen, teacher = self.run.spec.loss, self.run.frozen, self.teacher.module
@@ -247,7 +281,7 @@ class Segment:
     def _begin_echo_round(self, iteration: int) -> None:
         """At the start of an echo round the student's samples join the references."""
         spec = self.run.spec
-        into = iteration - spec.train.iterations
+        into = iteration - main_iterations(spec)
         if into < 0 or not echo_iterations(spec) or into % echo_iterations(spec):
             return
         drawn = echo_round(
@@ -294,22 +328,26 @@ def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
     """Build the three engines from the states of members that stand at the same iteration."""
     settings, pair = run.spec.train, run.frozen.pair
     scale = run.spec.batch_size if settings.scale_lr else 1
-    step = states[0].iteration
+    learned, distilled = steps_done(run.spec, states[0].iteration)
     stacked: dict[str, State] = {
         name: stack_states([state.groups[name] for state in states]) for name in states[0].groups
     }
     teacher = TeacherWeights(stacked["teacher"]["kv"], stacked["teacher"]["rows"])
-    student = StudentWeights(stacked["student"]["kv"])
+    student = StudentWeights(stacked["student"]["kv"], stacked["student"].get("rows"))
     dims = [backbone.dim for backbone in run.frozen.backbones]
     heads = DiscriminatorHeads(dims, [state.concept_id for state in states], run.spec.seed)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(stacked["heads"][name])
     teacher_rates = {"kv": settings.teacher_lr * scale, "rows": settings.token_lr * scale}
-    rates = (teacher_rates, {"": settings.student_lr * scale}, {"": settings.head_lr})
-    modules = (("teacher", teacher), ("student", student), ("heads", heads))
+    student_rates = {"kv": settings.student_lr * scale, "rows": settings.token_lr * scale}
+    parts: list[tuple[str, torch.nn.Module, dict[str, float], int]] = [
+        ("teacher", teacher, teacher_rates, learned),
+        ("student", student, student_rates, distilled),
+        ("heads", heads, {"": settings.head_lr}, distilled),
+    ]
     made = [
-        make_engine(module.to(pair.device), rate, settings, step, stacked[name])
-        for (name, module), rate in zip(modules, rates, strict=True)
+        make_engine(module.to(pair.device), rates, settings, step, stacked[name])
+        for name, module, rates, step in parts
     ]
     return made[0], made[1], made[2]
 
@@ -347,10 +385,11 @@ def _next_boundary(spec: RunSpec, iteration: int) -> int:
     if spec.train.sample_every:
         steps.append(spec.train.sample_every)
     ends = [(iteration // step + 1) * step for step in steps]
-    if iteration < spec.train.iterations:
-        ends.append(spec.train.iterations)
-    elif echo_iterations(spec):
-        into = iteration - spec.train.iterations
+    for end in (spec.train.iterations, main_iterations(spec)):
+        if iteration < end:
+            ends.append(end)
+    into = iteration - main_iterations(spec)
+    if into >= 0 and echo_iterations(spec):
         ends.append(iteration + echo_iterations(spec) - into % echo_iterations(spec))
     return min(ends)
 

@@ -91,7 +91,8 @@ def _data(concept: Concept, spec: RunSpec) -> ConceptData:
 def _initial_state(member: Member, spec: RunSpec, frozen: Frozen) -> ConceptState:
     """Start at the base, with the token at its initializer's row."""
     pair, concept = frozen.pair, member.concept
-    row = initial_row(pair, concept.initializer or concept.class_noun)
+    rows = initial_row(pair, concept.initializer or concept.class_noun).cpu()[None]
+    own = {} if spec.method.shared_text else {"rows": rows.clone()}
     dims = [backbone.dim for backbone in frozen.backbones]
     heads = DiscriminatorHeads(dims, [concept.id], spec.seed)
     return ConceptState(
@@ -99,8 +100,8 @@ def _initial_state(member: Member, spec: RunSpec, frozen: Frozen) -> ConceptStat
         digest=member.digest,
         iteration=0,
         groups={
-            "teacher": {"kv": pair.teacher_kv.cpu().clone(), "rows": row.cpu()[None]},
-            "student": {"kv": pair.student_kv.cpu().clone()},
+            "teacher": {"kv": pair.teacher_kv.cpu().clone(), "rows": rows},
+            "student": {"kv": pair.student_kv.cpu().clone(), **own},
             "heads": {name: p.detach()[0].clone() for name, p in heads.named_parameters()},
         },
     )

@@ -26,6 +26,7 @@ from components.train.job import (
     STATES,
     BasePaths,
     PackJob,
+    main_iterations,
     total_iterations,
 )
 from components.train.loop import Block, Run, Segment, Watcher, block_losses, train_members
@@ -168,7 +169,7 @@ class RayWatcher(Watcher):
         iterations = len(block.values)
         pace = block.seconds / iterations
         done = block.first + iterations
-        stage = "main" if block.first < self._job.spec.train.iterations else "echo"
+        stage = "main" if block.first < main_iterations(self._job.spec) else "echo"
         for n, member in enumerate(members):
             losses = block_losses(block, n)
             self._tell(member, stage, done, losses=losses, seconds_per_iteration=pace)
@@ -204,11 +205,13 @@ class RayWatcher(Watcher):
         for n, member in enumerate(members):
             phrase = f"{member.concept.token} {member.concept.class_noun}"
             prompts = [prompt.format(phrase) for prompt in PREVIEW_PROMPTS]
-            tokens = [tokenize(pair.tokenizer, [p], [member.concept.token]) for p in prompts]
+            token = member.concept.token
+            tokens = cat([tokenize(pair.tokenizer, [p], [token]) for p in prompts])
             place = torch.full((len(prompts),), n)
-            states, _ = segment.teacher.module(pair.text_encoder, cat(tokens), place)
+            states, _ = segment.teacher.module(pair.text_encoder, tokens, place)
+            kv = segment.student.module(pair.text_encoder, tokens, place, states)
             noise = picture_noise(pair, range(len(prompts)))
-            images = to_uint8(sample_student(pair, segment.student.module(states, place), noise))
+            images = to_uint8(sample_student(pair, kv, noise))
             if self._tracker:
                 grid = torch.cat(list(images), dim=2)
                 self._tracker.log_picture(member.concept.id, f"samples/{iteration:06d}.png", grid)
