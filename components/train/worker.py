@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from components.ingest import store
+from components.ingest.cache import disk_error
 from components.ingest.store import resolve_model
 from components.spec import spec_yaml
 from components.train import ranks
@@ -36,7 +37,7 @@ from components.train.tracking import Tracker
 from model.base_pair import load_base_pair
 from model.discriminators import load_backbone
 from model.echo import EchoRound
-from model.errors import EchoDistillError, InputError
+from model.errors import DISK_FULL, EchoDistillError, InputError
 from model.identity import load_image_projection
 from model.iteration import Frozen
 from model.sampler import picture_noise, sample_student, to_uint8
@@ -53,21 +54,48 @@ def train_func(config: dict[str, Any]) -> None:
 
     """
     job: PackJob = config["job"]
+    if _has_given_up(job):
+        return
+    try:
+        _train(job)
+    except OSError as error:
+        # No restart makes room. The other ranks wait for this one in the middle of a step, so it
+        # has to raise; the restart then ends at once.
+        if error.errno in DISK_FULL:
+            _give_up(job, disk_error(error, job.spec.train.storage_path))
+        raise
+
+
+def _train(job: PackJob) -> None:
     device = _prepare(job)
     start_deepspeed(device)
     try:
         run = ranks.all_or_none(lambda: _load(job, device))
     except EchoDistillError as error:
         # The same for every restart, so nothing is raised: the caller raises it.
-        if ranks.rank() == 0 and job.board is not None:
-            import ray
-
-            ray.get(job.board.fail.remote(type(error).__name__, str(error)))
+        if ranks.rank() == 0:
+            _give_up(job, error)
         return
     watcher = run.watcher = RayWatcher(job, run)
     watcher.begin()
     train_members(run)
     watcher.end()
+
+
+def _give_up(job: PackJob, error: EchoDistillError) -> None:
+    """Leave the caller an error that ends the run."""
+    if job.board is not None:
+        import ray
+
+        ray.get(job.board.fail.remote(type(error).__name__, str(error)))
+
+
+def _has_given_up(job: PackJob) -> bool:
+    if job.board is None:
+        return False
+    import ray
+
+    return ray.get(job.board.fatal.remote()) is not None
 
 
 def load_frozen(

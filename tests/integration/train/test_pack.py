@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 from mlflow import MlflowClient
 
 from components.train import pack as pack_module
+from components.train import worker
 from components.train.checkpoint import read_state
-from components.train.job import PackJob, TrainedConcept
+from components.train.job import BasePaths, PackJob, TrainedConcept
 from components.train.pack import train_pack
-from components.train.progress import TrainEvent
+from components.train.progress import TrainEvent, make_board
 from components.train.tracking import TrackingSettings
 from model.adapter import load_adapter
-from model.errors import EchoDistillError, InputError
+from model.errors import EchoDistillError, InputError, ServiceError
 from tests.integration.train.packs import (
     ITERATIONS,
     assert_equal,
@@ -53,7 +55,7 @@ class DeadlyBoard:
 
     def __init__(self, board: Any, marker: Path, iteration: int) -> None:
         self.put = _Remote(board.put, marker, iteration)
-        self.fail = board.fail
+        self.fail, self.fatal = board.fail, board.fatal
 
 
 def undisturbed(paths: Any, folder: Path, *sets: str) -> Any:
@@ -190,3 +192,26 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_paths, concepts_folder, s
         train_pack(tiny_spec(tiny_paths, *sets), concepts)
     with pytest.raises(InputError, match="different ids"):
         train_pack(tiny_spec(tiny_paths), concepts + concepts[:1])
+
+
+def test_a_full_disk_ends_the_run_without_another_try(
+    tiny_paths: Any, concepts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker can't be given a full disk here, so its training raises what one makes."""
+    board = make_board()
+    spec = tiny_spec(tiny_paths, f"train.storage_path={tmp_path}")
+    concepts = tuple(checked_concepts(concepts_folder))
+    job = PackJob(spec, concepts, BasePaths.from_spec(spec), "full", None, (), board)
+    tries: list[int] = []
+
+    def train(job: PackJob) -> None:
+        tries.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(worker, "_train", train)
+    with pytest.raises(OSError, match="No space"):
+        worker.train_func({"job": job})
+    worker.train_func({"job": job})  # Ray's next try
+    assert len(tries) == 1
+    with pytest.raises(ServiceError, match="no space left on the disk"):
+        pack_module._raise_fatal(board)
