@@ -1,0 +1,113 @@
+"""`echodistill bench train`: how fast training is, against the plain loop of the same method."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.options import Debug, Json
+from pipeline.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Measure how fast the product is on this machine.")
+
+
+@app.callback()
+def _root() -> None:
+    """Measure how fast the product is on this machine."""
+
+
+@app.command("train")
+def train(
+    context: typer.Context,
+    base: Annotated[
+        str,
+        typer.Option(help="pocket, sd-turbo (its shapes with random weights), or a base's folder."),
+    ] = "pocket",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    packs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Pack sizes; without: 1,2,4 on a CPU, up to the largest that fits on a GPU.",
+        ),
+    ] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Timed, for each pack size.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Done before them.")] = 2,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the engine: float32 or bf16. Default: the preset's.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of a picture in pixels. Default: the preset's.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the JSON document here, as it grows."
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the torch profiler's tables of one iteration."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the training engine by pack size. Exit code 1 when it and the plain loop disagree."""
+    output: Output = context.obj
+    from pipeline.bench import BenchSettings, bench_train
+    from pipeline.bench_report import draw_report
+    from pipeline.services import quiet_libraries
+
+    quiet_libraries()
+    settings = BenchSettings(
+        base=base,
+        device=device,
+        packs=_sizes(packs),
+        iterations=iterations,
+        warmup=warmup,
+        precision=precision,
+        resolution=resolution,
+        profile=profile,
+    )
+
+    def write(document: dict[str, Any]) -> None:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json_format.dumps(document, indent=2) + "\n")
+
+    with output.noise_to(Path("runs/logs/bench.txt")):
+        document = bench_train(settings, output, write)
+
+    def human(console: Console) -> None:
+        draw_report(console, document)
+        for path in (out, profile):
+            if path is not None:
+                console.print(str(path), markup=False, soft_wrap=True)
+
+    output.finish(document, human)
+    raise typer.Exit(0 if document["check"]["passed"] else 1)
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    """Read `1,2,4`.
+
+    Raises:
+        InputError: for anything else.
+    """
+    from model.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or not all(1 <= size <= 256 for size in sizes):
+        raise InputError(f"--packs {text!r} must be sizes from 1 to 256, like 1,2,4")
+    return sizes

@@ -1,0 +1,114 @@
+"""What a benchmark is made of: its measures, its search for the largest pack, its random base."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.errors import InputError
+from pipeline.bench import BenchSettings, _is_out_of_memory, _next_size, bench_train
+from pipeline.bench_bases import MINI, bench_spec, build_frozen
+from pipeline.bench_measure import Parts, count_flops, summary
+from pipeline.cli.bench import _sizes
+
+CPU = torch.device("cpu")
+
+
+def tried(largest: int) -> list[int]:
+    """The sizes that a series tries where packs up to `largest` fit."""
+    fits, fails, sizes = 0, 257, []
+    while (size := _next_size(fits, fails)) is not None:
+        sizes.append(size)
+        if size <= largest:
+            fits = size
+        else:
+            fails = size
+    assert fits == largest
+    return sizes
+
+
+def test_the_series_finds_the_largest_pack() -> None:
+    assert tried(1) == [1, 2]
+    assert tried(6) == [1, 2, 4, 8, 6, 7]
+    assert tried(256) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert tried(0) == [1]
+
+
+def test_a_failed_allocation_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not _is_out_of_memory(caught.value)
+
+
+def test_parts_count_each_call_once_and_leave_no_trace() -> None:
+    class Engine:
+        def step(self) -> str:
+            return "stepped"
+
+    room, engine, parts = types.ModuleType("room"), Engine(), Parts(CPU)
+    room.outer = lambda: engine.step()  # type: ignore[attr-defined]
+    outer = room.outer
+    with parts.watching(
+        [(room, "outer", "outside"), (engine, "step", "inside"), (room, "absent", "nowhere")]
+    ):
+        assert room.outer() == "stepped"
+    assert set(parts.seconds) == {"outside", "inside"}
+    assert room.outer is outer and "step" not in vars(engine)
+
+
+def test_operations_are_counted_through_the_backward_pass() -> None:
+    weight = torch.ones(5, 7, requires_grad=True)
+    x = torch.ones(3, 5)
+    assert count_flops(lambda: x @ weight) == 2 * 3 * 5 * 7
+    assert count_flops(lambda: (x @ weight).sum().backward()) == 2 * 2 * 3 * 5 * 7
+
+
+def test_attention_is_counted_on_a_cpu_too() -> None:
+    q = torch.randn(2, 4, 64, 16, requires_grad=True)
+    product = 2 * 2 * 4 * 64 * 64 * 16
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * product
+    both = count_flops(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert both == 2 * product + 5 * product
+
+
+def test_a_summary_has_the_median_and_the_spread() -> None:
+    assert summary([0.001, 0.004, 0.002]) == {"ms": 2.0, "ms_min": 1.0, "ms_max": 4.0}
+
+
+def test_a_random_base_is_the_same_every_time() -> None:
+    spec = bench_spec(MINI, None, "bf16")
+    assert (spec.resolution, spec.train.precision, spec.loss.perceptual) == (64, "bf16", "swd")
+    a, b = (build_frozen(MINI, spec, "float32", CPU) for _ in range(2))
+    assert torch.equal(a.pair.teacher_kv, b.pair.teacher_kv)
+    assert not torch.equal(a.pair.teacher_kv, a.pair.student_kv)
+    assert a.identity is a.backbones[-1] and a.pair.latent_shape == (4, 8, 8)
+    assert a.pair.teacher_schedule.prediction == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (BenchSettings(device="tpu"), "tpu"),
+        (BenchSettings(base="no-such-base", device="cpu"), "no-such-base"),
+        (BenchSettings(precision="int4", device="cpu"), "int4"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(
+    settings: BenchSettings, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        bench_train(settings, lambda event: None, lambda document: None)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("packs", ["0", "1,x", "300", ""])
+def test_wrong_pack_sizes_are_refused(packs: str) -> None:
+    assert _sizes("1,2,16") == (1, 2, 16)
+    with pytest.raises(InputError, match="1,2,4"):
+        _sizes(packs)
