@@ -15,14 +15,20 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from pipeline.cli import check, demo, generate, serve, train
+from pipeline.cli import bench, check, demo, generate, serve, train
 from pipeline.cli.interruptible import TerminatedError
 from pipeline.cli.output import Output
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 # The extra that a command needs; `check` needs none.
-EXTRA_OF = {"train": "train", "generate": "serve", "serve": "serve", "demo": "pipeline"}
+EXTRA_OF = {
+    "train": "train",
+    "generate": "serve",
+    "serve": "serve",
+    "demo": "pipeline",
+    "bench": "train",
+}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 app = typer.Typer(
@@ -34,6 +40,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
