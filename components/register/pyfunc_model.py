@@ -8,7 +8,6 @@ name other places for it.
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import set_model
-from PIL import Image
 
 from model.adapter import load_adapter, prompt_for
 from model.base_pair import load_base_pair
 from model.errors import InputError
+from model.png import png
 from model.sampler import draw
 
 POCKET = "pocket"
@@ -56,9 +55,7 @@ class EchoDistillModel(mlflow.pyfunc.PythonModel):
             prompt = prompt_for(self.adapter.meta, str(row["prompt"]))
             seed, steps = _whole(row, "seed", 0), _whole(row, "steps", 1)
             picture = draw(self.pair, [self.adapter], [prompt], [seed], steps)[0]
-            buffer = io.BytesIO()
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-            images.append(buffer.getvalue())
+            images.append(png(picture.permute(1, 2, 0).numpy()))
         return pd.DataFrame({"image": images})
 
 
