@@ -46,9 +46,8 @@ def demo(
     from components.spec import resolve_spec
     from pipeline.base import base_settings
     from pipeline.demo import ENDPOINT_PROMPTS, demo_concepts, demo_settings, run_demo
-    from pipeline.services import abort_training, quiet_libraries
+    from pipeline.services import abort_training
 
-    quiet_libraries()
     preset, own = base_settings(base)
     spec = resolve_spec(preset, None, [*own, *demo_settings(out), *(sets or [])])
     chosen = demo_concepts(concepts)

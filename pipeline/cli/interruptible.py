@@ -7,7 +7,6 @@ what the work waits for is ended, and the work takes down what it started, as af
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 import time
@@ -16,11 +15,14 @@ from types import FrameType
 from typing import TypeVar
 
 from pipeline.progress import Event, Progress
+from pipeline.scratch import remove_leftovers, services_died
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Ray's start takes some seconds and its end two; more is a hang that nobody should wait for.
-PATIENCE_SECONDS = 30.0
+THREAD = "work"
+# Ray's end takes two seconds. Who sends SIGTERM often sends SIGKILL ten seconds later.
+PATIENCE_SECONDS = 8.0
+HURRY_SECONDS = 3.0  # for work that is waited for in vain
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -38,6 +40,7 @@ class Interruptible:
         self._listener = progress
         self._stopping = threading.Event()
         self._received: list[int] = []
+        self.patience = PATIENCE_SECONDS
 
     def progress(self, event: Event) -> None:
         """Passes an event on; raises StoppedError in the work's thread after Ctrl-C."""
@@ -50,7 +53,8 @@ class Interruptible:
 
         On Ctrl-C or SIGTERM calls `stop`, again and again until the work is over (it may be in the
         middle of starting something), then raises KeyboardInterrupt. `stop` ends what the work may
-        be waiting for and leaves the rest to it.
+        be waiting for and leaves the rest to it. Work that is not over after `patience` seconds is
+        left as it is: what it started is killed, its temporary files are removed (`abandoned`).
         """
         results: list[T] = []
         errors: list[BaseException] = []
@@ -61,7 +65,7 @@ class Interruptible:
             except BaseException as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=body, name="work", daemon=True)
+        thread = threading.Thread(target=body, name=THREAD, daemon=True)
         before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             self._listen()
@@ -91,23 +95,22 @@ class Interruptible:
 
     def _finish(self, thread: threading.Thread, stop: Callable[[], None]) -> None:
         self._stopping.set()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while thread.is_alive() and time.monotonic() < deadline:
-            stop()
+        end = time.monotonic() + self.patience
+        call: threading.Thread | None = None
+        while thread.is_alive() and time.monotonic() < end:
+            # A signal to a whole group ends Ray too, and a call to a Ray that died waits a minute.
+            if services_died():
+                end = min(end, time.monotonic() + HURRY_SECONDS)
+            if call is None or not call.is_alive():
+                call = threading.Thread(target=stop, name=THREAD, daemon=True)
+                call.start()
             thread.join(0.5)
             self._listen()
         if thread.is_alive():
-            _kill_children()
-            thread.join(10)  # what waited for them goes on to its clean-up
+            remove_leftovers()
+            thread.join(HURRY_SECONDS)  # what waited for them goes on to its clean-up
 
 
-def _kill_children() -> None:
-    """End every process below this one at once: the last resort against leaving any behind.
-
-    Only killed, never waited for: the exit status belongs to whoever started the process.
-    """
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
+def abandoned() -> bool:
+    """Whether work goes on that nobody waits for: only `os._exit` ends such a process for sure."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

@@ -7,6 +7,7 @@ needs its own extra and no other.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -16,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline.cli import bench, check, demo, generate, serve, train
-from pipeline.cli.interruptible import TerminatedError
+from pipeline.cli.interruptible import TerminatedError, abandoned
 from pipeline.cli.output import Output
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -46,6 +47,9 @@ app.add_typer(bench.app, name="bench")
 @app.callback()
 def _root() -> None:
     """Batches of visual concepts in, one-step text-to-image adapters out."""
+    from pipeline.services import quiet_libraries
+
+    quiet_libraries()  # before a command imports any of them
 
 
 def describe(error: BaseException, command: str = "") -> tuple[str, int]:
@@ -130,6 +134,8 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         code = code or OK
+    if abandoned():
+        os._exit(code)
     sys.exit(code)
 
 

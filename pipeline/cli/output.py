@@ -1,9 +1,9 @@
 """Where the words of a command go: one JSON document or tables to stdout, everything else aside.
 
 Ray, DeepSpeed and MLflow write to stdout from C++ and from child processes, so redirecting
-`sys.stdout` is not enough: the file descriptors themselves are moved. The command keeps a private
-copy of the real stdout, and descriptor 1 leads to stderr (with `--json`) or, for a person, to a log
-file while services run.
+`sys.stdout` is not enough: the file descriptors themselves are moved. The command keeps private
+copies of the real ones; while services run, descriptors 1 and 2 lead to a log file. With `--json`
+descriptor 1 leads to stderr before and after.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Output:
     def noise_to(self, log: Path | None) -> Iterator[None]:
         """Leads what libraries and child processes write on descriptors 1 and 2 to a log file.
 
-        With `--debug` they stay on the terminal, with `--json` on stderr, where logs belong.
+        With `--debug` they stay where they are (with `--json`, on stderr).
         Progress bars are drawn inside.
         """
-        aside = log if not (self.as_json or self.debug) else None
+        aside = None if self.debug else log
         saved: tuple[int, int] | None = None
         if aside is not None:
             sys.stdout.flush()

@@ -39,14 +39,14 @@ def train(
 
     Concepts that were trained with the same images, settings and base are not trained again.
     Exit code 1 when a concept is not valid, failed or did not pass the gate against its champion;
-    the others are done all the same.
+    the others are done all the same. Ctrl-C or SIGTERM stops everything (exit code 130); run it
+    again to go on.
     """
     output: Output = context.obj
     resolved = _resolve(base, spec, sets or [], tracking_uri)
     from pipeline.run import train_prefix
-    from pipeline.services import abort_training, local_ray, quiet_libraries
+    from pipeline.services import abort_training, local_ray
 
-    quiet_libraries()
     job = Interruptible(output)
 
     def cluster() -> AbstractContextManager[None]:

@@ -41,7 +41,7 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
 
 
 def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start `echodistill` in `cwd`."""
+    """Start `echodistill` in `cwd`, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli.main", *arguments],
         cwd=cwd,
@@ -49,6 +49,7 @@ def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,28 +64,34 @@ def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) ->
     refused(run("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
 
 
-def test_ctrl_c_ends_everything_that_was_started(
-    tiny_base: Path, concepts: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_its_processes_ends_everything(
+    tiny_base: Path, concepts: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     mark = new_mark()
     arguments = ("train", str(concepts), "--base", str(tiny_base), "--json")
     slow = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=1")
-    process = start(*arguments, *slow, cwd=tmp_path, **{MARK: mark})
+    scratch = tempfile.mkdtemp(prefix="t-")  # short, for sockets lie in it
+    process = start(*arguments, *slow, cwd=tmp_path, TMPDIR=scratch, **{MARK: mark})
     assert process.stderr is not None
     try:
         for line in process.stderr:  # until it trains
             if "train: my-dog" in line and "s/it" in line:
                 break
         assert len(marked(mark)) > 3
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)  # an impatient person
-        stdout, stderr = process.communicate(timeout=60)
+        assert list(Path(scratch).glob("echodistill-*"))
+        # As a terminal's Ctrl-C and a service manager do: Ray's processes get it too.
+        os.killpg(process.pid, number)
+        process.send_signal(number)  # an impatient person
+        stdout, stderr = process.communicate(timeout=45)
     finally:
         process.kill()
     assert process.returncode == 130, stderr
     assert json.loads(stdout)["error"]["exit_code"] == 130
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr and "\x1b" not in stderr
     assert left_behind(mark) == {}
+    assert list(Path(scratch).glob("echodistill-*")) == []
+    shutil.rmtree(scratch)
 
 
 @pytest.mark.parametrize(

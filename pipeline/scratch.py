@@ -1,0 +1,110 @@
+"""One folder for the temporary files of a local Ray, by which its processes are found again.
+
+Who ends in a hurry (a signal to every process at once, a start that nobody waits for) can't leave
+the cleaning to those who made the files: they may be dead, or wait for somebody who is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
+
+# Sockets have paths of at most 107 characters, of which Ray takes 63 and the folder's name 21.
+_LONGEST_PARENT = 20
+_open: set[Path] = set()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """The temporary folder of this process and of those that it starts, for the time of the block.
+
+    Processes that are started inside carry its name in TMPDIR.
+    """
+    parent, before = tempfile.gettempdir(), (tempfile.tempdir, os.environ.get("TMPDIR"))
+    short = len(parent) <= _LONGEST_PARENT or not os.access("/tmp", os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix="echodistill-", dir=None if short else "/tmp"))
+    _open.add(folder)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir, variable = before
+        if variable is None:
+            os.environ.pop("TMPDIR", None)
+        else:
+            os.environ["TMPDIR"] = variable
+        _kill(_inside(folder))
+        _remove(folder)
+        _open.discard(folder)
+
+
+def remove_leftovers() -> None:
+    """Kill every process below this one and in its scratch folders; remove the folders."""
+    import psutil
+
+    _kill(psutil.Process().children(recursive=True))
+    for folder in list(_open):
+        _kill(_inside(folder))
+        _remove(folder)
+
+
+def services_died() -> bool:
+    """Whether one of the processes that this one started is dead, and nobody has noticed."""
+    import psutil
+
+    return not all(_lives(child) for child in psutil.Process().children())
+
+
+def _inside(folder: Path) -> list[psutil.Process]:
+    """The processes that carry a folder's name, those whose parent died too."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get("TMPDIR") == str(folder):
+                found.append(process)
+    return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """Kill processes and give them a moment to be gone.
+
+    They are not waited for: the exit status belongs to whoever started a process.
+    """
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    deadline = time.monotonic() + 3
+    while any(_lives(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _remove(folder: Path) -> None:
+    # Processes that are ending write their last words for a moment.
+    for _ in range(25):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.2)
