@@ -169,14 +169,27 @@ def resolve_spec(
     name = DEFAULT_PRESET if preset is None else preset
     layers.insert(0, (f"preset {name}", _preset_values(name)))
     layers += [(f"--set {text}", _parse_set(text)) for text in sets]
+    return _validated(layers)
+
+
+def with_settings(spec: RunSpec, sets: Sequence[str]) -> RunSpec:
+    """Return a spec with some `a.b=value` settings in place of its own.
+
+    Raises:
+        InputError: as `resolve_spec`.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = [("the run spec", spec.model_dump(mode="json"))]
+    return _validated([*layers, *((f"--set {text}", _parse_set(text)) for text in sets)])
+
+
+def _validated(layers: Sequence[tuple[str, dict[str, Any]]]) -> RunSpec:
     merged: dict[str, Any] = {}
     for _, values in layers:
         merged = _merge(merged, values)
     try:
-        spec = RunSpec.model_validate(merged)
+        return RunSpec.model_validate(merged)
     except ValidationError as error:
         raise InputError(_sentence(error.errors()[0], layers)) from None
-    return spec
 
 
 def spec_digest(spec: RunSpec) -> str:
@@ -211,10 +224,14 @@ def _preset_values(name: Any) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the run spec {path} cannot be read ({error}): check the path") from None
+    except OSError as error:
+        raise InputError(
+            f"the run spec {path} cannot be read ({error.strerror}): check the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"the run spec {path} is not UTF-8 text: save it as such") from None
     except yaml.YAMLError as error:
-        raise InputError(f"the run spec {path} is not YAML: {_one_line(error)}") from None
+        raise InputError(f"the run spec {path} is not YAML: {_yaml_problem(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -230,7 +247,9 @@ def _parse_set(text: str) -> dict[str, Any]:
     try:
         parsed: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"the value of --set {text!r} is not YAML: {_one_line(error)}") from None
+        raise InputError(
+            f"the value of --set {text!r} is not YAML: {_yaml_problem(error)}"
+        ) from None
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed
@@ -250,7 +269,7 @@ def _sentence(error: ErrorDetails, layers: Sequence[tuple[str, dict[str, Any]]])
     key = ".".join(parts)
     where = _where(parts, layers)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key!r} in {where}: did you mean {_nearest(key)!r}?"
+        return f"unknown key {key!r} in {where}: did you mean {_nearest(key)}?"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing from the run spec: give it, for example with --set"
     reason = error["msg"].removeprefix("Value error, ")
@@ -274,14 +293,26 @@ def _where(parts: Sequence[str], layers: Sequence[tuple[str, dict[str, Any]]]) -
 
 
 def _nearest(key: str) -> str:
-    last = key.rpartition(".")[2]
+    """Return the keys of which a wrong one is a part (`train.lr`), or the one most like it."""
+    section, _, last = key.rpartition(".")
+    known_keys = list(_known_keys(RunSpec))
+    parts = [
+        known
+        for known in known_keys
+        if last in known.rpartition(".")[2].split("_")
+        and (not section or known.rpartition(".")[0] == section)
+    ]
+    if parts:
+        first, last_one = ", ".join(map(repr, parts[:-1])), repr(parts[-1])
+        return f"{first} or {last_one}" if first else last_one
 
     def likeness(known: str) -> float:
         whole = difflib.SequenceMatcher(None, key, known).ratio()
         name = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
         return max(whole, 0.99 * name)
 
-    return max(_known_keys(RunSpec), key=likeness)
+    level = [known for known in known_keys if known.count(".") >= key.count(".")]
+    return repr(max(level or known_keys, key=likeness))
 
 
 def _known_keys(section: Any, prefix: str = "") -> Iterator[str]:
@@ -295,5 +326,9 @@ def _known_keys(section: Any, prefix: str = "") -> Iterator[str]:
             yield from _known_keys(kind, f"{prefix}{name}.")
 
 
-def _one_line(error: Exception) -> str:
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say where YAML is broken and how, without the excerpt."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     return " ".join(str(error).split())

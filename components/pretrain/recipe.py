@@ -14,11 +14,14 @@ from transformers import CLIPTokenizer
 
 from components.pretrain import autoencoder, diffusion, distillation, networks, vision
 from components.pretrain.latents import LatentSet, encode_world
+from components.pretrain.subject import train_subject
 from components.pretrain.training import Clock, Stage, freeze, write_tensors
 from components.pretrain.world import World
 from model.errors import InputError
+from model.judge.subject import SubjectNetwork
 
 STAGES = ("clip", "vit", "vae", "teacher", "student")
+JUDGE = "subject"  # belongs to model/judge, not to the pair
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Recipe:
     regression_steps: int = 1200
     student_steps: int = 3100
     student_batch: int = 128
+    subject_steps: int = 2500
+    subject_batch: int = 16
     compiled: bool = True
 
 
@@ -62,6 +67,8 @@ DRY = Recipe(
     regression_steps=2,
     student_steps=4,
     student_batch=2,
+    subject_steps=2,
+    subject_batch=2,
     compiled=False,
 )
 
@@ -94,9 +101,10 @@ class Kitchen:
             "vae": self._vae,
             "teacher": self._teacher,
             "student": self._student,
+            JUDGE: self._subject,
         }
         if name not in stages:
-            raise InputError(f"No stage is called {name!r}: give one of {', '.join(STAGES)}.")
+            raise InputError(f"No stage is called {name!r}: give one of {', '.join(stages)}.")
         path = finished(self.state, name)
         if not path.exists():
             write_tensors(path, stages[name]().state_dict())
@@ -145,6 +153,13 @@ class Kitchen:
         made: nn.Module = student.train(stage).averaged()
         return made
 
+    def _subject(self) -> nn.Module:
+        r, stage = self.recipe, self._stage(JUDGE, self.recipe.subject_steps)
+        # Small enough for any device; in float32 the CPU's result is reproducible.
+        trainee = train_subject(stage, self.world, torch.float32, r.subject_batch)
+        found: nn.Module = trainee.averaged()
+        return found
+
     def _network(self, name: str) -> Any:
         return load_network(self.state, name).to(self.device)
 
@@ -180,6 +195,7 @@ def load_network(state: Path, name: str) -> Any:
         "vae": networks.vae,
         "teacher": networks.unet,
         "student": networks.unet,
+        JUDGE: SubjectNetwork,
     }
     net = build[name]()
     net.load_state_dict(load_file(path))

@@ -128,4 +128,8 @@ def assert_equal(found: ConceptState, expected: ConceptState) -> None:
     assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
     assert found.iteration == expected.iteration
     assert found.echo_prompts == expected.echo_prompts
-    assert torch.equal(found.echo_images, expected.echo_images)
+    if expected.echo_images is None:
+        assert found.echo_images is None
+    else:
+        assert found.echo_images is not None
+        assert torch.equal(found.echo_images, expected.echo_images)

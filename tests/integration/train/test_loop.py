@@ -29,6 +29,12 @@ from tests.unit.train.ranks import on_ranks
 STAGES = (0, 1, 2, 3)
 # One step of plain SGD without decay moves a weight by the rate times its clipped gradient.
 SGD = ("train.optimizer=sgd", "train.weight_decay=0", "train.iterations=1", "echo.rounds=0")
+# Parts of the method that are left out, to compare with.
+METHODS = {
+    "teacher alone": ("method.order=teacher",),
+    "sequential": ("method.order=sequential", "train.iterations=3", "echo.rounds=0"),
+    "own text": ("method.shared_text=false",),
+}
 Results = dict[str, dict[str, ConceptState]]
 
 
@@ -86,6 +92,12 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     results["bf16"] = states(trained(tiny_spec(paths, "train.precision=bf16"), concepts))
     results["no adversary"] = states(trained(tiny_spec(paths, "loss.adv_weight=0"), concepts))
     results["swd"] = states(trained(tiny_spec(paths, "loss.perceptual=swd"), concepts))
+    for name, settings in METHODS.items():
+        results[name] = states(trained(tiny_spec(paths, *settings), concepts))
+    sequential = tiny_spec(paths, *METHODS["sequential"])
+    stopped = stopped_states(sequential, concepts, 3)
+    results["teacher is done"] = stopped
+    results["sequential, resumed"] = states(trained(sequential, concepts, stopped))
     results["one pass"] = states(trained(tiny_spec(paths, "train.items_at_once=null"), concepts))
     results["blocks"] = states(trained(tiny_spec(paths, "tracking.log_every=1"), concepts))
     results["half"] = stopped_states(spec, concepts, 3)
@@ -247,3 +259,39 @@ def test_a_member_with_a_loss_that_is_not_finite_leaves_alone(one):
     assert one["broken"]["dog"].iteration == 0
     assert (one["broken"]["dog"].groups["student"]["kv"] == 1e38).all()
     assert_close(one["broken"]["robot"], one["adamw.0"]["robot"], one["start"]["robot"])
+
+
+def unmoved(state: ConceptState, start: ConceptState) -> set[str]:
+    first = weights(start)
+    return {
+        key.split(".")[0] if key.startswith("heads") else key
+        for key, value in weights(state).items()
+        if key in first and torch.equal(value, first[key])
+    }
+
+
+def test_the_teacher_alone_learns_and_there_is_no_echo(one):
+    for name, state in one["teacher alone"].items():
+        assert unmoved(state, one["start"][name]) == {"student.kv", "heads"}
+        assert state.echo_prompts == () and set(state.losses) == {"rec"}
+
+
+def test_one_after_the_other_each_network_learns_alone(one):
+    for name, state in one["teacher is done"].items():
+        assert state.iteration == 3
+        assert unmoved(state, one["start"][name]) == {"student.kv", "heads"}
+        end = one["sequential"][name]
+        assert end.iteration == 6
+        assert unmoved(end, one["start"][name]) == set()
+        for part in ("kv", "rows"):
+            assert torch.equal(end.groups["teacher"][part], state.groups["teacher"][part])
+        assert_equal(one["sequential, resumed"][name], end)
+
+
+def test_a_student_with_token_rows_of_its_own_leaves_the_teachers_alone(one):
+    for name, state in one["own text"].items():
+        shared, start = one["adamw.0"][name], one["start"][name]
+        own, teachers = (state.groups[group]["rows"] for group in ("student", "teacher"))
+        assert not torch.equal(own, teachers)
+        assert not torch.equal(own, start.groups["teacher"]["rows"])
+        assert "rows" not in shared.groups["student"]

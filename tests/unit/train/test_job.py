@@ -1,0 +1,50 @@
+"""How many iterations a run has, and who takes part in which."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.spec import RunSpec, resolve_spec, with_settings
+from components.train.job import (
+    echo_iterations,
+    main_iterations,
+    steps_done,
+    taking_part,
+    total_iterations,
+)
+from model.errors import InputError
+
+
+def spec(order: str) -> RunSpec:
+    sets = ["train.iterations=8", "echo.rounds=2", "echo.iterations_share=0.25"]
+    return resolve_spec("pocket", None, [*sets, f"method.order={order}"])
+
+
+@pytest.mark.parametrize(
+    ("order", "main", "echo", "total"),
+    [("together", 8, 2, 12), ("sequential", 16, 2, 20), ("teacher", 8, 0, 8)],
+)
+def test_iterations(order: str, main: int, echo: int, total: int) -> None:
+    own = spec(order)
+    assert (main_iterations(own), echo_iterations(own), total_iterations(own)) == (
+        main,
+        echo,
+        total,
+    )
+
+
+@pytest.mark.parametrize("order", ["together", "sequential", "teacher"])
+def test_steps_done_counts_those_who_took_part(order: str) -> None:
+    own, done = spec(order), [0, 0]
+    for iteration in range(total_iterations(own)):
+        assert steps_done(own, iteration) == tuple(done)
+        done = [n + part for n, part in zip(done, taking_part(own, iteration), strict=True)]
+    assert steps_done(own, total_iterations(own)) == tuple(done)
+
+
+def test_a_spec_with_other_settings_is_checked_like_any() -> None:
+    changed = with_settings(spec("together"), ["train.student_lr=0.5", 'base.teacher="x"'])
+    assert (changed.train.student_lr, changed.base.teacher) == (0.5, "x")
+    assert changed.train.iterations == 8
+    with pytest.raises(InputError, match=r"did you mean 'train\.student_lr'"):
+        with_settings(changed, ["train.student_rl=1"])
