@@ -18,6 +18,7 @@ from model.names import (
     ADAPTER_ARTIFACT,
     BASE_HASH_TAG,
     CANDIDATE,
+    CHAMPION,
     CONCEPT_DIGEST_TAG,
     MODEL_PREFIX,
     SHA256_TAG,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 METRIC_TAG = "metric."  # one tag a metric: metric.clip_i
 _MODEL_FILE = Path(__file__).parent / "pyfunc_model.py"
+_PAGE = 1000  # the most that MLflow gives of models in one answer
+_ONE_BY_ONE = 50  # concepts; more are asked for by their spec
 _NEEDS = ("torch", "diffusers", "transformers", "safetensors", "pillow", "pandas", "mlflow")
 
 
@@ -247,11 +250,14 @@ def _keep_lowest(client: Any, mine: RegisteredVersion, digest: str) -> Registere
 
 def _versions_of_digest(client: Any, name: str, digest: str) -> list[RegisteredVersion]:
     """Return a concept's versions with a digest, the lowest first."""
-    query = f"name = '{name}' and tags.{CONCEPT_DIGEST_TAG} = '{digest}'"
+    return _versions_of(client, f"name = '{name}' and tags.{CONCEPT_DIGEST_TAG} = '{digest}'")
+
+
+def _versions_of(client: Any, query: str) -> list[RegisteredVersion]:
     found: list[RegisteredVersion] = []
     token = None
     while True:
-        page = client.search_model_versions(query, max_results=200, page_token=token)
+        page = client.search_model_versions(query, max_results=_PAGE, page_token=token)
         found += [_version(item) for item in page]
         token = page.token
         if not token:
@@ -276,6 +282,58 @@ def find_version_by_digest(
     with reaching(tracking_uri):
         found = _versions_of_digest(client, model_name(concept_id), digest)
     return found[-1] if found else None
+
+
+def find_versions(
+    digests: Mapping[str, str], spec_digest: str, *, tracking_uri: str
+) -> dict[str, tuple[RegisteredVersion, int | None]]:
+    """Return the newest version under each digest, with the number of its concept's champion.
+
+    Args:
+        digests: concept digests by concept id, all made with one run spec.
+        spec_digest: of that spec; many concepts are asked for by it at once.
+        tracking_uri: of the registry.
+
+    Returns:
+        what was found, by concept id; None for a champion that there is not.
+
+    Raises ServiceError when the MLflow server is out of reach.
+    """
+    client = connect(tracking_uri)
+    found: dict[str, tuple[RegisteredVersion, int | None]] = {}
+    with reaching(tracking_uri):
+        if len(digests) > _ONE_BY_ONE:
+            versions = _versions_of(client, f"tags.{SPEC_DIGEST_TAG} = '{spec_digest}'")
+            champions = _champions(client)
+        else:
+            names = [(model_name(name), digest) for name, digest in digests.items()]
+            versions = [each for pair in names for each in _versions_of_digest(client, *pair)]
+            champions = None
+        for version in versions:  # the lowest first
+            name = version.concept_id
+            if digests.get(name) == version.tags.get(CONCEPT_DIGEST_TAG):
+                found[name] = version, champions.get(name) if champions is not None else None
+    if champions is None:
+        for name, (version, _) in found.items():
+            champion = get_version(name, CHAMPION, tracking_uri=tracking_uri)
+            found[name] = version, champion.version if champion else None
+    return found
+
+
+def _champions(client: Any) -> dict[str, int]:
+    """Return the number of every concept's champion, by concept id."""
+    found: dict[str, int] = {}
+    token = None
+    while True:
+        page = client.search_registered_models(
+            f"name LIKE '{MODEL_PREFIX}%'", max_results=_PAGE, page_token=token
+        )
+        for model in page:
+            if CHAMPION in model.aliases:
+                found[model.name.removeprefix(MODEL_PREFIX)] = int(model.aliases[CHAMPION])
+        token = page.token
+        if not token:
+            return found
 
 
 def get_version(
