@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from components.ingest.concept_folder import CheckedConcept, Concept, check_prefix, concept_digest
+from components.ingest.concept_folder import Concept, check_prefix, concept_digest
 from components.promote.promote import Decision
 from components.register.registry import (
     RegisteredVersion,
@@ -30,13 +31,27 @@ from components.train.tracking import TrackingSettings
 from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
+from pipeline.batch import packs, sort_checked
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
 
 State = Literal["trained", "already", "failed", "invalid"]
 Cluster = Callable[[], AbstractContextManager[None]]
+Assessed = tuple[RegisteredVersion, Decision]
 SECONDS_TAG = "train_seconds"
 _DISK_FULL = tuple(os.strerror(code) for code in DISK_FULL)
+
+
+class Assesses(Protocol):
+    """What measures versions and lets them take the champion's place: see `Assessor`."""
+
+    def assess(
+        self, version: RegisteredVersion, concept: Concept, adapter_dir: Path | None = None
+    ) -> Assessed:
+        """Measure a version and put it to the gate."""
+
+    def finish(self, version: RegisteredVersion, concept: Concept) -> Assessed:
+        """Do what an interrupted run left undone."""
 
 
 @dataclass(frozen=True)
@@ -120,45 +135,53 @@ def train_prefix(
     registry = tracking_uri(spec=spec)
     progress(Event("check", uri))
     checked = check_prefix(uri)
-    results = {one.id: _invalid(one) for one in checked if one.concept is None}
-    concepts = [one.concept for one in checked if one.concept is not None]
-    _refuse_base_name(concepts, spec, results)
-    concepts = [concept for concept in concepts if concept.id not in results]
+    valid, invalid = sort_checked(checked, spec)
+    results = {
+        name: ConceptResult(name, "invalid", error="; ".join(problems))
+        for name, problems in invalid.items()
+    }
+    concepts = list(valid.values())
     progress(Event("check", uri, f"{len(concepts)} of {len(checked)} concepts are valid"))
     if concepts:
         progress(Event("base", spec.base.name, "load and verify"))
-        runner = _Runner(spec, registry, force, progress, cluster)
-        results |= runner.run(concepts)
+        runner = PackRunner(spec, registry, force=force, progress=progress)
+        results |= runner.already(concepts)
+        rest = [concept for concept in concepts if concept.id not in results]
+        if rest:
+            with cluster():
+                for pack in packs(rest, spec.pack.size):
+                    results |= _train(runner, pack, spec, force)
     return [results[one.id] for one in checked]
 
 
-def packs(concepts: Sequence[Concept], size: int) -> Iterator[Sequence[Concept]]:
-    """Split concepts into packs of at most `size`, as even as they go, in order."""
-    if not concepts:
-        return
-    count = -(-len(concepts) // size)
-    for index in range(count):
-        low, high = (len(concepts) * i // count for i in (index, index + 1))
-        yield concepts[low:high]
+def _train(
+    runner: PackRunner, pack: Sequence[Concept], spec: RunSpec, force: bool
+) -> dict[str, ConceptResult]:
+    """Train one pack, then take each of its adapters through the registry."""
+    name = pack_name(spec, pack)
+    if force:
+        # Under its own name the finished run would only be found again.
+        name += f"-{time.strftime('%Y%m%d-%H%M%S')}"
+    results = {}
+    for concept, made in zip(pack, runner.train(pack, name), strict=True):
+        try:
+            results[concept.id] = runner.finish(concept, made)
+        except (InputError, ServiceError):
+            raise
+        except EchoDistillError as error:
+            results[concept.id] = failed(concept, made, str(error))
+    return results
 
 
-def _invalid(checked: CheckedConcept) -> ConceptResult:
-    return ConceptResult(checked.id, "invalid", error="; ".join(checked.problems))
+def already_note(version: RegisteredVersion) -> str:
+    """Say why a concept is not trained."""
+    return f"version {version.version} was trained with the same images, settings and base"
 
 
-def _refuse_base_name(
-    concepts: Sequence[Concept], spec: RunSpec, results: dict[str, ConceptResult]
-) -> None:
-    """A concept named like the base could never be asked for at the endpoint."""
-    for concept in concepts:
-        if concept.id == spec.base.name:
-            error = f"{concept.id} is the name of the base: rename the concept's folder"
-            results[concept.id] = ConceptResult(concept.id, "invalid", error=error)
-
-
-def _from_version(
+def from_version(
     concept: Concept, version: RegisteredVersion, state: State, note: str = ""
 ) -> ConceptResult:
+    """Say what the registry knows of a concept."""
     return ConceptResult(
         concept.id,
         state,
@@ -173,30 +196,39 @@ def _from_version(
     )
 
 
-class _Runner:
-    """Takes checked concepts to results."""
+class PackRunner:
+    """Takes checked concepts to results, one pack at a time; the process is connected to a Ray.
+
+    Args:
+        spec: the resolved run spec.
+        registry: MLflow URI.
+        assessor: measures and promotes; by default in this process.
+        force: train registered concepts again.
+        progress: listens.
+        listen: hears what training says; by default `progress` does.
+    """
 
     def __init__(
-        self, spec: RunSpec, registry: str, force: bool, progress: Progress, cluster: Cluster
+        self,
+        spec: RunSpec,
+        registry: str,
+        *,
+        assessor: Assesses | None = None,
+        force: bool = False,
+        progress: Progress = silent,
+        listen: Callable[[TrainEvent], None] | None = None,
     ) -> None:
-        self._cluster = cluster
         self._spec = spec
         self._registry = registry
         self._force = force
         self._progress = progress
-        self._assessor = Assessor(spec, registry, progress)
+        self._listen = listen or relay(progress)
+        self._assessor = assessor or Assessor(spec, registry, progress)
 
-    def run(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
-        results = {} if self._force else self._already(concepts)
-        rest = [concept for concept in concepts if concept.id not in results]
-        if rest:
-            with self._cluster():
-                for pack in packs(rest, self._spec.pack.size):
-                    results |= self._train(pack)
-        return results
-
-    def _already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
+    def already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
         """Find the concepts that are registered under their digest, and finish them."""
+        if self._force:
+            return {}
         own, hashed = spec_digest(self._spec), base_hash(self._spec)
         found = {}
         for concept in concepts:
@@ -204,44 +236,38 @@ class _Runner:
             version = find_version_by_digest(concept.id, digest, tracking_uri=self._registry)
             if version is None:
                 continue
-            note = f"version {version.version} was trained with the same images, settings and base"
+            note = already_note(version)
             self._progress(Event("train", concept.id, f"not again: {note}"))
             version, decision = self._assessor.finish(version, concept)
-            result = _from_version(concept, version, "already", note)
+            result = from_version(concept, version, "already", note)
             found[concept.id] = _decided(result, decision)
         return found
 
-    def _train(self, pack: Sequence[Concept]) -> dict[str, ConceptResult]:
-        """Train one pack, then take each of its adapters through the registry."""
+    def train(
+        self, pack: Sequence[Concept], run_name: str, states: Sequence[str] = ()
+    ) -> list[TrainedConcept]:
+        """Train one pack as a run of this name, which goes on when it was begun before.
+
+        `states` are checkpoints of other runs to go on from.
+        """
         spec = self._spec
-        name = pack_name(spec, pack)
-        if self._force:
-            # Under its own name the finished run would only be found again.
-            name += f"-{time.strftime('%Y%m%d-%H%M%S')}"
-        self._progress(Event("train", ", ".join(concept.id for concept in pack), f"as {name}"))
+        self._progress(Event("train", ", ".join(concept.id for concept in pack), f"as {run_name}"))
         trained = train_pack(
             spec,
             pack,
             bases=BasePaths.from_spec(spec),
-            run_name=name,
+            run_name=run_name,
             tracking=TrackingSettings(self._registry, spec.tracking.experiment),
-            progress=relay(self._progress),
+            states=states,
+            progress=self._listen,
         )
         refuse_full_disk(trained, spec.train.storage_path)
-        results = {}
-        for concept, made in zip(pack, trained, strict=True):
-            try:
-                results[concept.id] = self._register(concept, made)
-            except (InputError, ServiceError):
-                raise
-            except EchoDistillError as error:
-                results[concept.id] = _failed(concept, made, str(error))
-        return results
+        return trained
 
-    def _register(self, concept: Concept, made: TrainedConcept) -> ConceptResult:
+    def finish(self, concept: Concept, made: TrainedConcept) -> ConceptResult:
         """Register, evaluate and promote one adapter."""
         if made.adapter_dir is None:
-            return _failed(concept, made, made.error or "training gave no adapter")
+            return failed(concept, made, made.error or "training gave no adapter")
         self._progress(Event("register", concept.id))
         version = register_adapter(
             made.adapter_dir,
@@ -253,11 +279,12 @@ class _Runner:
         tags = {SECONDS_TAG: f"{made.seconds:.3f}"}
         set_tags(version, tags, tracking_uri=self._registry)
         version, decision = self._assessor.assess(version, concept, made.adapter_dir)
-        result = _from_version(concept, version, "trained")
+        result = from_version(concept, version, "trained")
         return _decided(replace(result, seconds=made.seconds, run_id=made.run_id), decision)
 
 
-def _failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
+def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
+    """Say that a concept has no adapter, and why."""
     return ConceptResult(
         concept.id, "failed", seconds=made.seconds, error=error, run_id=made.run_id, concept=concept
     )

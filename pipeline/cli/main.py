@@ -16,7 +16,7 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from pipeline.cli import bench, check, demo, generate, serve, train
+from pipeline.cli import bench, check, compare, demo, generate, serve, status, submit, train
 from pipeline.cli.interruptible import TerminatedError, abandoned
 from pipeline.cli.output import Output
 
@@ -29,6 +29,10 @@ EXTRA_OF = {
     "serve": "serve",
     "demo": "pipeline",
     "bench": "train",
+    "submit": "train",
+    "retry": "train",
+    "cancel": "train",
+    "logs": "train",
 }
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
@@ -38,9 +42,15 @@ app = typer.Typer(
 )
 app.command("check")(check.check)
 app.command("train")(train.train)
+app.command("submit")(submit.submit)
+app.command("status")(status.status)
+app.command("logs")(status.logs)
+app.command("cancel")(submit.cancel)
+app.command("retry")(submit.retry)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 
 

@@ -36,3 +36,26 @@ TrackingUri = Annotated[
         help="MLflow server or database that tracks runs and registers adapters.",
     ),
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        envvar="RAY_API_SERVER_ADDRESS",
+        metavar="URL",
+        help="The Ray cluster's dashboard (http://127.0.0.1:8265); RAY_AUTH_TOKEN is its token.",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        envvar="ECHODISTILL_STORAGE",
+        metavar="URI",
+        help="Where batches, checkpoints and uploaded photos are: s3://..., or a folder that every "
+        "node sees.",
+    ),
+]
+BatchName = Annotated[
+    str | None,
+    typer.Argument(metavar="BATCH", help="A batch's id or URI; the newest by default."),
+]

@@ -1,0 +1,177 @@
+"""`echodistill status` and `logs`: what a batch is at; the former needs no cluster."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import Address, BatchName, Debug, Json, Storage
+from pipeline.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from pipeline.batch import Batch
+    from pipeline.state import BatchStatus, ConceptState
+
+WATCH_SECONDS = 3.0
+_GOOD = ("trained", "already", "training", "queued", "waiting")
+
+
+def status(
+    context: typer.Context,
+    batch: BatchName = None,
+    storage: Storage = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw it anew until the batch is over.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the concepts of a batch are at, from the storage alone.
+
+    Exit code 1 when a concept is not valid or failed.
+    """
+    output: Output = context.obj
+    from pipeline.state import BatchView
+
+    view = BatchView(_uri(batch, storage))
+    found = view.read()
+    if watch:
+        found = _watch(output, view, found)
+    show(output, found)
+    raise typer.Exit(1 if any(one.error for one in found.concepts) or found.error else 0)
+
+
+def logs(
+    context: typer.Context,
+    concept: Annotated[
+        str | None, typer.Argument(metavar="CONCEPT", help="Only the lines that name it.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="Its id or URI; the newest by default.")
+    ] = None,
+    address: Address = None,
+    storage: Storage = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a batch's driver and packs said; the cluster keeps it."""
+    output: Output = context.obj
+    from pipeline.jobs import DEFAULT_ADDRESS, Jobs
+
+    found = named_batch(batch, storage)
+    if concept is not None and concept not in found.concept_ids:
+        from model.errors import InputError
+
+        raise InputError(f"the batch {found.id} has no concept {concept}: echodistill status")
+    lines = Jobs(address or DEFAULT_ADDRESS).logs(found).splitlines()
+    if concept is not None:
+        name = re.compile(rf"(?<![\w-]){re.escape(concept)}(?![\w-])")
+        lines = [line for line in lines if name.search(line)]
+    document = {"batch": found.id, "concept": concept, "lines": lines}
+
+    def human(console: Console) -> None:
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
+
+    output.finish(document, human)
+
+
+def named_batch(given: str | None, storage: str | None) -> Batch:
+    """Load the batch that a command names."""
+    from pipeline.batch import load_batch
+
+    return load_batch(_uri(given, storage))
+
+
+def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
+    """Write a status: a table, or one document."""
+    document = found.as_json()
+    if job is not None:
+        document["job"] = job
+
+    def human(console: Console) -> None:
+        draw(console, found.concepts)
+        console.print(_summary(found), markup=False, soft_wrap=True)
+        if found.error:
+            console.print(f"error: {found.error}", markup=False, soft_wrap=True)
+
+    output.finish(document, human)
+
+
+def draw(console: Console, concepts: Sequence[ConceptState]) -> None:
+    """Draw concepts as a table."""
+    console.print(_table(concepts))
+
+
+def _uri(given: str | None, storage: str | None) -> str:
+    from components.ingest import store
+    from components.spec import TrainSpec
+    from pipeline.batch import find_batch
+
+    place = storage or TrainSpec().storage_path
+    if not store.is_s3(place):
+        place = str(store.local_path(place).resolve())
+    return find_batch(given, place)
+
+
+def _summary(found: BatchStatus) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in found.counts.items())
+    return f"batch {found.batch.id} ({found.state}): {counts}\n  {found.batch.uri}"
+
+
+def _table(concepts: Sequence[ConceptState]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("concept", "state", "iteration", "loss", "seconds", "worker", "version", ""):
+        right = name in ("iteration", "seconds", "version")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for one in concepts:
+        iteration = f"{one.iteration}/{one.iterations}" if one.iterations else ""
+        table.add_row(
+            Text(one.id),
+            Text(one.state, style="" if one.state in _GOOD else "red"),
+            iteration,
+            one.losses,
+            f"{one.seconds:.0f}" if one.seconds else "",
+            one.worker,
+            one.version or "",
+            Text(one.error or one.note),
+        )
+    return table
+
+
+def _watch(output: Output, view: object, found: BatchStatus) -> BatchStatus:
+    """Draw a status anew until the batch is over: what moves first, as much as fits."""
+    from rich.live import Live
+
+    from pipeline.state import BatchView
+
+    assert isinstance(view, BatchView)
+    if output.as_json or not output.console.is_terminal:
+        while not found.over:
+            time.sleep(WATCH_SECONDS)
+            found = view.read()
+        return found
+    with Live(console=output.console, auto_refresh=False, transient=True) as live:
+        while not found.over:
+            live.update(_glance(found, output.console.height), refresh=True)
+            time.sleep(WATCH_SECONDS)
+            found = view.read()
+    return found
+
+
+def _glance(found: BatchStatus, height: int) -> RenderableType:
+    from rich.console import Group
+
+    order = {"training": 0, "failed": 1, "waiting": 2, "interrupted": 3}
+    rows = sorted(found.concepts, key=lambda one: order.get(one.state, 4))[: max(height - 5, 3)]
+    return Group(_table(rows), _summary(found))

@@ -1,0 +1,452 @@
+"""The driver of a batch: what the cluster's job runs (`python -m pipeline.driver <batch URI>`).
+
+It starts a Ray Train run for one pack after the other, keeps a few of them waiting for room (their
+placement groups are what an autoscaler sees), and writes what each concept is at. Only so few wait
+that a batch that comes later waits behind those and not behind a whole batch: Ray gives room in the
+order in which it was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import Event as Flag
+from typing import Any
+
+from components.ingest import store
+from components.ingest.concept_folder import Concept, concept_digest
+from components.register.connection import hide_password
+from components.register.registry import find_versions
+from components.spec import spec_digest
+from model.errors import EchoDistillError, InputError
+from pipeline import documents
+from pipeline.base import base_hash
+from pipeline.batch import Batch, load_batch, load_concepts
+from pipeline.claims import JOB_NAME, LEASE_SECONDS, Claim, Claims, Lease
+from pipeline.pack_run import PackOrder, PackRun
+from pipeline.progress import Event, Progress
+from pipeline.run import ConceptResult, already_note, from_version
+from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states
+from pipeline.tracking import tracking_uri
+
+LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
+HELD_SECONDS = 15.0  # before a digest that another batch trains is looked at again
+_WRITERS = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Turn:
+    """Some concepts of a pack that wait for their turn."""
+
+    pack: int
+    ids: tuple[str, ...]
+    attempt: int = 1
+    not_before: float = 0.0
+
+
+@dataclass
+class _Flight:
+    """A pack that is under way."""
+
+    turn: _Turn
+    actor: Any
+    claims: list[Claim]
+    held: tuple[str, ...]
+    began: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+
+class Driver:
+    """Takes the concepts of one batch to their ends."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        lease: Lease,
+        progress: Progress,
+        stop: Flag,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+        held_seconds: float = HELD_SECONDS,
+    ) -> None:
+        self._batch = batch
+        self._lease = lease
+        self._progress = progress
+        self._stop = stop
+        self._look_seconds = look_seconds
+        self._held_seconds = held_seconds
+        self._claims = Claims(batch.storage, lease)
+        self._registry = tracking_uri(spec=batch.spec)
+        self._concepts: dict[str, Concept] = {}
+        self._digests: dict[str, str] = {}
+        self._states: dict[str, ConceptState] = {}
+        self._queue: deque[_Turn] = deque()
+        self._flights: dict[Any, _Flight] = {}  # by the reference to what run() gives
+        self._changed: set[int] = set()
+        self._pool = ThreadPoolExecutor(_WRITERS)
+
+    def run(self, *, failed: bool = False) -> dict[str, ConceptState]:
+        """Take every concept that is not done to its end; returns all states, by id.
+
+        With `failed` those that failed before get another try. Ends early when `stop` is set or
+        the lease is lost.
+
+        Raises:
+            InputError: when spec, base or registry are wrong.
+            ServiceError: when the registry or the storage are out of reach at the start.
+        """
+        self._prepare(failed)
+        looked = 0.0
+        try:
+            while (self._queue or self._flights) and not self._ended:
+                self._launch()
+                self._land()
+                if time.monotonic() - looked >= self._look_seconds:
+                    self._look()
+                    self._save()
+                    looked = time.monotonic()
+        finally:
+            for flight in self._flights.values():
+                _kill(flight.actor)
+            self._save()
+        return self._states
+
+    @property
+    def _ended(self) -> bool:
+        return self._stop.is_set() or self._lease.lost.is_set()
+
+    def _prepare(self, failed: bool) -> None:
+        """Work out digests, look into the registry and queue what is left to do."""
+        batch = self._batch
+        self._concepts = load_concepts(batch)
+        self._progress(Event("base", batch.spec.base.name, "load and verify"))
+        own, hashed = spec_digest(batch.spec), base_hash(batch.spec)
+        self._digests = {
+            name: concept_digest(concept, own, hashed) for name, concept in self._concepts.items()
+        }
+        place = store.join(batch.uri, FOUND)
+        before = documents.read(place)
+        already = dict(before.value["already"]) if before else {}
+        written = documents.read_folder(store.join(batch.uri, PACKS))
+        packs = {name: document.value for name, document in written.items()}
+        found: dict[str, Any] = {"digests": self._digests, "already": already}
+        self._states = concept_states(batch, found, packs)
+        rest = [
+            name
+            for name, one in self._states.items()
+            if not one.over or (failed and one.state == "failed")
+        ]
+        if not batch.force:
+            already |= self._registered(rest, own)
+        found["registry"] = hide_password(self._registry)
+        documents.write(place, found)
+        for name in rest:
+            facts = already.get(name, {})
+            self._states[name] = ConceptState(name, **{"digest": self._digests[name], **facts})
+        for number, ids in enumerate(batch.packs):
+            left = tuple(name for name in ids if not self._states[name].over)
+            if left:
+                self._queue.append(_Turn(number, left))
+        count = sum(len(turn.ids) for turn in self._queue)
+        self._progress(
+            Event("batch", batch.id, f"{count} concepts to do in {len(self._queue)} packs")
+        )
+
+    def _registered(self, names: Sequence[str], own: str) -> dict[str, dict[str, Any]]:
+        """Return what is written of the concepts that the registry has, measured and settled.
+
+        One whose evaluation was interrupted goes through its pack, which finishes it.
+        """
+        wanted = {name: self._digests[name] for name in names}
+        found = find_versions(wanted, own, tracking_uri=self._registry)
+        facts = {}
+        for name, (version, champion) in found.items():
+            if not version.metrics or champion is None:
+                continue
+            result = from_version(self._concepts[name], version, "already", already_note(version))
+            reigns = champion == version.version
+            facts[name] = as_facts(_state_of(replace(result, promoted=reigns), name))
+        return facts
+
+    def _launch(self) -> None:
+        """Start packs until enough of them wait for room."""
+        waiting = sum(not flight.began for flight in self._flights.values())
+        for _ in range(len(self._queue)):
+            if waiting >= self._batch.waiting or self._ended:
+                return
+            turn = self._queue.popleft()
+            if turn.not_before > time.monotonic():
+                self._queue.append(turn)
+            elif self._start(turn):
+                waiting += 1
+
+    def _start(self, turn: _Turn) -> bool:
+        """Claim a pack's digests and start what was got; the rest is looked at again later."""
+        run = self._batch.run_name(turn.pack)
+        try:
+            taken = dict(
+                zip(
+                    turn.ids,
+                    self._pool.map(lambda name: self._claims.take(self._key(name), run), turn.ids),
+                    strict=True,
+                )
+            )
+        except EchoDistillError as error:
+            self._fail(turn, str(error))
+            return False
+        claims = {name: claim for name, claim in taken.items() if claim is not None}
+        held = tuple(name for name in turn.ids if name not in claims)
+        for name in held:
+            self._set(turn.pack, name, state="waiting", note="another batch trains it")
+        if not claims:
+            self._requeue(turn.pack, held)
+            return False
+        for name in claims:
+            self._set(turn.pack, name, state="queued", note="waits for room in the cluster")
+        order = PackOrder(
+            spec=self._batch.spec,
+            registry=self._registry,
+            run_name=run,
+            concepts=tuple(self._concepts[name] for name in claims),
+            digests={name: self._digests[name] for name in claims},
+            earlier={name: claim.runs for name, claim in claims.items()},
+            force=self._batch.force,
+        )
+        actor = _actor(order)
+        flown = replace(turn, ids=tuple(claims))
+        self._flights[actor.run.remote()] = _Flight(flown, actor, list(claims.values()), held)
+        return True
+
+    def _key(self, name: str) -> str:
+        """What is claimed: a digest, which a forced batch trains for itself alone."""
+        digest = self._digests[name]
+        return f"{digest}-{self._batch.id}" if self._batch.force else digest
+
+    def _look(self) -> None:
+        """Take over what the packs under way say."""
+        import ray
+        from ray.exceptions import RayError
+
+        looks = {flight.actor.look.remote(): flight for flight in self._flights.values()}
+        if not looks:
+            return
+        # A pack that does not answer (its process is still starting) is asked again.
+        answered, _ = ray.wait(list(looks), num_returns=len(looks), timeout=self._look_seconds)
+        for reference in answered:
+            flight = looks[reference]
+            try:
+                look = ray.get(reference)
+            except RayError:  # _land hears of it too
+                continue
+            if look.began and not flight.began:
+                flight.began, flight.since = True, time.monotonic()
+            if not look.began:
+                continue
+            seconds = round(time.monotonic() - flight.since, 1)
+            for name in flight.turn.ids:
+                facts = {"state": "training", "worker": look.worker, "note": "", "seconds": seconds}
+                self._set(flight.turn.pack, name, **(facts | look.concepts.get(name, {})))
+
+    def _land(self) -> None:
+        """Take over the results of the packs that ended, for at most a moment's wait."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        if not self._flights:
+            self._stop.wait(min(1.0, self._look_seconds))
+            return
+        ended, _ = ray.wait(list(self._flights), timeout=min(1.0, self._look_seconds))
+        for reference in ended:
+            flight = self._flights.pop(reference)
+            turn = flight.turn
+            try:
+                for result in ray.get(reference):
+                    self._settle(turn.pack, result)
+            except RayTaskError as error:
+                cause = error.cause
+                ours = isinstance(cause, EchoDistillError)
+                self._fail(turn, str(cause) if ours else f"{type(cause).__name__}: {cause}")
+            except RayError as error:  # its machine or process died
+                self._again(turn, str(error).splitlines()[0][:300])
+            _kill(flight.actor)
+            self._release(flight.claims)
+            self._requeue(turn.pack, flight.held)
+            self._save()
+
+    def _settle(self, pack: int, result: ConceptResult) -> None:
+        before = self._states[result.id]
+        state = _state_of(result, result.id)
+        self._states[result.id] = replace(
+            state,
+            digest=before.digest,
+            worker=before.worker,
+            loss=before.loss,
+            iteration=before.iteration if state.state == "failed" else state.iteration,
+            iterations=before.iterations or state.iterations,
+        )
+        self._changed.add(pack)
+        told = state.error or state.note
+        self._progress(Event("batch", result.id, ": ".join(filter(None, (state.state, told)))))
+
+    def _fail(self, turn: _Turn, error: str) -> None:
+        for name in turn.ids:
+            self._settle(turn.pack, ConceptResult(name, "failed", error=error))
+
+    def _again(self, turn: _Turn, reason: str) -> None:
+        """Put a pack whose process died into the queue again, for its last checkpoint is there."""
+        tries = self._batch.spec.train.max_failures
+        if 0 <= tries < turn.attempt:
+            self._fail(
+                turn,
+                f"the pack's process died {turn.attempt} times ({reason}): look at the nodes' "
+                f"memory, then echodistill retry {self._batch.id} --failed",
+            )
+            return
+        self._progress(Event("batch", self._batch.run_name(turn.pack), f"once more: {reason}"))
+        self._queue.appendleft(replace(turn, attempt=turn.attempt + 1))
+
+    def _requeue(self, pack: int, held: tuple[str, ...]) -> None:
+        if held:
+            self._queue.append(_Turn(pack, held, not_before=time.monotonic() + self._held_seconds))
+
+    def _release(self, claims: Iterable[Claim]) -> None:
+        def release(claim: Claim) -> None:
+            try:
+                self._claims.release(claim)
+            except EchoDistillError as error:  # it ends with the lease
+                log.warning("a claim could not be given back: %s", error)
+
+        list(self._pool.map(release, claims))
+
+    def _set(self, pack: int, name: str, **facts: Any) -> None:
+        before = self._states[name]
+        after = replace(before, **facts)
+        if after != before:
+            self._states[name] = after
+            self._changed.add(pack)
+
+    def _save(self) -> None:
+        """Write the packs that changed; what can't be written now is written later."""
+        numbers, self._changed = sorted(self._changed), set()
+
+        def save(number: int) -> int | None:
+            ids = self._batch.packs[number]
+            facts = {name: as_facts(self._states[name]) for name in ids}
+            try:
+                place = store.join(self._batch.uri, f"{PACKS}/{number}.json")
+                documents.write(place, facts)
+            except EchoDistillError as error:
+                log.warning("the state of pack %d could not be written: %s", number, error)
+                return number
+            return None
+
+        unwritten = self._pool.map(save, numbers)
+        self._changed |= {number for number in unwritten if number is not None}
+
+
+def _state_of(result: ConceptResult, name: str) -> ConceptState:
+    return ConceptState(
+        name,
+        result.state,
+        version=result.version,
+        sha256=result.sha256,
+        seconds=round(result.seconds, 3),
+        iteration=result.iterations,
+        iterations=result.iterations,
+        promoted=result.promoted,
+        note=result.note,
+        error=result.error,
+    )
+
+
+def _actor(order: PackOrder) -> Any:
+    import ray
+
+    # Spread, for the machine of the driver would have to hold all packs' results otherwise.
+    options = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
+    return ray.remote(PackRun).options(**options).remote(order)
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor)
+
+
+def drive(
+    uri: str,
+    progress: Progress,
+    stop: Flag,
+    *,
+    failed: bool = False,
+    job: str = "",
+    lease_seconds: float = LEASE_SECONDS,
+    **seconds: float,
+) -> dict[str, ConceptState]:
+    """Take a batch to its end under a lease; the process is connected to a Ray.
+
+    Returns:
+        every concept's state, by id.
+
+    Raises:
+        InputError: when another driver works on it, or settings are wrong.
+        ServiceError: when a service is out of reach at the start.
+    """
+    batch = load_batch(uri)
+    lease = Lease(uri, job, seconds=lease_seconds)
+    try:
+        states = Driver(batch, lease, progress, stop, **seconds).run(failed=failed)
+        if lease.lost.is_set():
+            raise InputError(f"another driver took the batch {uri} over: this one ends")
+    except BaseException as error:
+        ours = isinstance(error, EchoDistillError)
+        lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
+        raise
+    lease.end("cancelled" if stop.is_set() else "done")
+    return states
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of the cluster's job: a batch's URI, and `--failed`."""
+    from pipeline.cli.interruptible import Interruptible
+    from pipeline.pack_run import log_lines
+    from pipeline.services import local_ray, quiet_libraries
+
+    quiet_libraries()
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # A node of an autoscaling cluster takes minutes to come.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+    uri, failed = arguments[0], "--failed" in arguments
+    os.environ.setdefault("MLFLOW_TRACKING_URI", load_batch(uri).registry)
+    stop = Flag()
+
+    def work() -> dict[str, ConceptState]:
+        with local_ray(cpus=1, echo=True):
+            job = os.environ.get(JOB_NAME, "")
+            return drive(uri, log_lines(), stop, failed=failed, job=job)
+
+    try:
+        states = Interruptible(log_lines()).run(work, stop.set)
+    except KeyboardInterrupt:  # or SIGTERM, which is how a job is stopped
+        print("cancelled", flush=True)
+        return 130
+    except EchoDistillError as error:
+        print(f"error: {error}", flush=True)
+        return error.exit_code
+    return 0 if all(one.good for one in states.values()) else 1
+
+
+if __name__ == "__main__":
+    import sys
+
+    # Under its own name, so that what it sends to actors is found there too.
+    from pipeline.driver import main as _main
+
+    sys.exit(_main(sys.argv[1:]))

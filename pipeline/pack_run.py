@@ -1,0 +1,267 @@
+"""One pack on a cluster: an actor that takes it from photos to champions, and can be looked at.
+
+The actor itself asks for no CPU or GPU: its workers do (Ray Train's placement group), and so does
+the actor that measures the adapters afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, NoReturn
+
+from components.ingest import store
+from components.ingest.cache import cache_root
+from components.ingest.concept_folder import Concept
+from components.register.registry import RegisteredVersion
+from components.spec import RunSpec
+from components.train.checkpoint import MANIFEST
+from components.train.job import STATES, TrainedConcept
+from components.train.pack import uses_cuda
+from components.train.progress import TrainEvent
+from model.errors import EchoDistillError, InputError
+from pipeline import documents
+from pipeline.assess import Assessor
+from pipeline.progress import Event, Progress, silent
+from pipeline.run import Assessed, ConceptResult, PackRunner, failed, relay
+
+# Ray Train's record of the checkpoints that are whole; it rewrites it after every report.
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_LINE_SECONDS = 10.0
+# Stages after training, as a concept's note tells them.
+_AFTERWARDS = {"register": "is registered", "evaluate": "is measured", "promote": ""}
+
+
+@dataclass(frozen=True)
+class PackOrder:
+    """What a pack's actor is given.
+
+    Attributes:
+        spec: the resolved run spec.
+        registry: MLflow URI.
+        run_name: of the Ray Train run; the same one goes on.
+        concepts: the members.
+        digests: of the members, by id.
+        earlier: runs that trained a member before, by id; the furthest checkpoint is gone on from.
+        force: train registered concepts again.
+    """
+
+    spec: RunSpec
+    registry: str
+    run_name: str
+    concepts: tuple[Concept, ...]
+    digests: dict[str, str]
+    earlier: dict[str, tuple[str, ...]]
+    force: bool
+
+
+@dataclass
+class Look:
+    """What a pack is at: whether its workers have begun, and the last facts by concept."""
+
+    worker: str
+    began: bool = False
+    concepts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class PackRun:
+    """The actor; `look` answers while `run` works."""
+
+    def __init__(self, order: PackOrder) -> None:
+        self._order = order
+        self._look = Look(platform.node())
+        self._lock = Lock()
+        self._line = log_lines()
+        self._relay = relay(self._line)
+
+    def look(self) -> Look:
+        """Return what the pack is at."""
+        with self._lock:
+            return copy.deepcopy(self._look)
+
+    def run(self) -> list[ConceptResult]:
+        """Take the pack through; what is wrong with one concept is that concept's result."""
+        order = self._order
+        assessor = RemoteAssessor(order.spec, order.registry, self._say)
+        runner = PackRunner(
+            order.spec,
+            order.registry,
+            assessor=assessor,
+            force=order.force,
+            progress=self._say,
+            listen=self._hear,
+        )
+        try:
+            results = runner.already(order.concepts)
+            rest = [concept for concept in order.concepts if concept.id not in results]
+            if rest:
+                made = self._train(runner, rest)
+                for concept, each in zip(rest, made, strict=True):
+                    results[concept.id] = _finish(runner, concept, each)
+        finally:
+            assessor.close()
+            self._tidy()
+        return [results[concept.id] for concept in order.concepts]
+
+    def _train(self, runner: PackRunner, rest: Sequence[Concept]) -> list[TrainedConcept]:
+        storage, name = self._order.spec.train.storage_path, self._order.run_name
+        states = self._states(rest)
+        try:
+            last_checkpoint(storage, name)
+        except InputError as error:
+            # Its driver died while the record of its checkpoints was written.
+            self._line(Event("train", name, f"as a new run: {error}"))
+            name += f"-{time.strftime('%Y%m%d%H%M%S')}"
+        try:
+            return runner.train(rest, name, states)
+        except InputError as error:
+            if not states:
+                raise
+            # A checkpoint of another run can't be used: what it saves must not cost the concepts.
+            self._line(Event("train", name, f"without earlier checkpoints: {error}"))
+            return runner.train(rest, name)
+
+    def _states(self, concepts: Sequence[Concept]) -> list[str]:
+        """Find the last whole checkpoints of the runs that trained the concepts before."""
+        order, storage = self._order, self._order.spec.train.storage_path
+        latest: dict[str, str | None] = {}
+        used: dict[str, None] = {}
+        for concept in concepts:
+            for run in order.earlier.get(concept.id, ()):
+                if run == order.run_name:  # Ray Train goes on from that by itself
+                    continue
+                try:
+                    if run not in latest:
+                        latest[run] = last_checkpoint(storage, run)
+                    place = latest[run]
+                    if place and holds_state(place, concept.id, order.digests[concept.id]):
+                        used[place] = None
+                        self._line(Event("train", concept.id, f"may go on from {place}"))
+                except InputError as error:  # it is not whole
+                    self._line(Event("train", concept.id, f"not from {run}: {error}"))
+        return list(used)
+
+    def _say(self, event: Event) -> None:
+        if event.stage in _AFTERWARDS:
+            with self._lock:
+                facts = self._look.concepts.setdefault(event.subject, {})
+                facts["note"] = _AFTERWARDS[event.stage]
+        self._line(event)
+
+    def _hear(self, event: TrainEvent) -> None:
+        with self._lock:
+            self._look.began = True
+            facts = self._look.concepts.setdefault(event.concept_id, {})
+            facts |= {"iteration": event.iteration, "iterations": event.iterations}
+            if event.losses:
+                facts["loss"] = event.losses
+        self._relay(event)
+
+    def _tidy(self) -> None:
+        """Remove the adapters that came here from S3: the registry has them now."""
+        if store.is_s3(self._order.spec.train.storage_path):
+            shutil.rmtree(cache_root() / "runs" / self._order.run_name, ignore_errors=True)
+
+
+def _finish(runner: PackRunner, concept: Concept, made: TrainedConcept) -> ConceptResult:
+    try:
+        return runner.finish(concept, made)
+    except EchoDistillError as error:
+        return failed(concept, made, str(error))
+    except Exception as error:  # one concept's, whatever it is
+        return failed(concept, made, f"an error of ours: {type(error).__name__}: {error}")
+
+
+def last_checkpoint(storage: str, run: str) -> str | None:
+    """Return the URI of a run's last whole checkpoint, or None when it has none.
+
+    Raises InputError when the run's record of its checkpoints is not whole.
+    """
+    folder = store.join(storage, run)
+    found = documents.read(store.join(folder, _SNAPSHOT))
+    latest = found.value.get("latest_checkpoint_result") if found else None
+    return store.join(folder, latest["checkpoint_dir_name"]) if latest else None
+
+
+def holds_state(checkpoint: str, concept_id: str, digest: str) -> bool:
+    """Tell whether a checkpoint holds a state of this concept under this digest."""
+    place = store.join(checkpoint, f"{STATES}/{concept_id}/{MANIFEST}")
+    found = documents.read(place)
+    return found is not None and found.value.get("digest") == digest
+
+
+class RemoteAssessor:
+    """Measures and promotes in an actor of its own, with a worker's resources, when first asked."""
+
+    def __init__(self, spec: RunSpec, registry: str, progress: Progress) -> None:
+        self._spec = spec
+        self._registry = registry
+        self._progress = progress
+        self._actor: Any = None
+
+    def assess(
+        self, version: RegisteredVersion, concept: Concept, adapter_dir: Path | None = None
+    ) -> Assessed:
+        """Measure a version; its adapter comes from the registry, for the actor may be anywhere."""
+        return self._ask("assess", version, concept)
+
+    def finish(self, version: RegisteredVersion, concept: Concept) -> Assessed:
+        """Do what an interrupted run left undone."""
+        return self._ask("finish", version, concept)
+
+    def close(self) -> None:
+        """End the actor."""
+        if self._actor is not None:
+            import ray
+
+            ray.kill(self._actor)
+            self._actor = None
+
+    def _ask(self, method: str, version: RegisteredVersion, concept: Concept) -> Assessed:
+        import ray
+        from ray.exceptions import RayError
+
+        self._progress(Event("evaluate", concept.id, f"version {version.version}"))
+        if self._actor is None:
+            settings = self._spec.train
+            gpus = 1 if uses_cuda(settings.device) else 0
+            options = {"num_cpus": settings.cpus_per_worker or 1, "num_gpus": gpus}
+            actor = ray.remote(Assessor).options(**options)
+            self._actor = actor.remote(self._spec, self._registry, silent)
+        try:
+            answer: Assessed = ray.get(getattr(self._actor, method).remote(version, concept))
+        except RayError as error:
+            _raise_cause(error)
+        return answer
+
+
+def _raise_cause(error: Exception) -> NoReturn:
+    """Raise the error of ours that a remote one wraps in its traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, EchoDistillError):
+        raise cause from None
+    raise error
+
+
+def log_lines() -> Callable[[Event], None]:
+    """Return a listener that prints events, those that are counted every ten seconds."""
+    said: dict[tuple[str, str], float] = {}
+
+    def listen(event: Event) -> None:
+        key, now = (event.stage, event.subject), time.monotonic()
+        counted = event.done is not None and event.done != event.total
+        if counted and now - said.get(key, -_LINE_SECONDS) < _LINE_SECONDS:
+            return
+        said[key] = now
+        count = f"{event.done}/{event.total}" if event.total else ""
+        words = " ".join(part for part in (event.subject, count, event.text) if part)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        print(f"{stamp} {event.stage}: {words}", flush=True)
+
+    return listen

@@ -1,0 +1,148 @@
+"""Batches: what is planned, what is written, and what the documents say of a batch's state."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from components.ingest.concept_folder import CheckedConcept, Concept, check_prefix
+from components.spec import RunSpec, resolve_spec
+from model.errors import InputError
+from pipeline import documents
+from pipeline.batch import (
+    Batch,
+    at_storage,
+    find_batch,
+    load_batch,
+    load_concepts,
+    new_id,
+    plan_batch,
+    save_batch,
+    storage_for,
+    upload_photos,
+)
+from pipeline.claims import LEASE
+from pipeline.state import FOUND, PACKS, BatchView, ConceptState, as_facts
+from tests.conftest import S3Bucket
+
+
+def checked(name: str, *problems: str) -> CheckedConcept:
+    concept = None if problems else Concept(name, "dog", "<new1>", "dog", True, ())
+    return CheckedConcept(name, not problems, "dog", 0, problems, concept)
+
+
+def spec_at(folder: Path, *sets: str) -> RunSpec:
+    return at_storage(resolve_spec("pocket", None, ["pack.size=2", *sets]), str(folder))
+
+
+def planned(folder: Path, *names: str) -> Batch:
+    every = [checked(name) for name in names] + [checked("broken", "a.png: is no picture")]
+    batch, concepts = plan_batch("photos/", every, spec_at(folder), registry="sqlite:///x.db")
+    save_batch(batch, concepts)
+    return batch
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "c", "a", "b")
+    assert batch.packs == (("a",), ("b", "c")) and batch.invalid["broken"]
+    assert batch.concept_ids == ["a", "b", "broken", "c"]
+    assert load_batch(batch.uri) == batch
+    assert find_batch(None, str(tmp_path)) == batch.uri
+    assert find_batch(batch.id, str(tmp_path)) == find_batch(batch.uri, "elsewhere") == batch.uri
+    with pytest.raises(InputError, match="already"):
+        save_batch(batch, {})
+    with pytest.raises(InputError, match="no batch"):
+        load_batch(f"{batch.uri}-not")
+    with pytest.raises(InputError, match="no batch in"):
+        find_batch(None, str(tmp_path / "elsewhere"))
+
+
+def test_what_cannot_be_a_concept_is_left_out(tmp_path: Path) -> None:
+    batch, concepts = plan_batch(
+        "photos", [checked("pocket"), checked("fox")], spec_at(tmp_path), registry=""
+    )
+    assert list(concepts) == ["fox"] and "name of the base" in batch.invalid["pocket"][0]
+    with pytest.raises(InputError, match="no concept of photos is valid"):
+        plan_batch("photos", [checked("fox", "no")], spec_at(tmp_path), registry="")
+
+
+@pytest.mark.parametrize("prefix", ["s3://bucket/My Photos/", "/x/" + 100 * "é", "photos"])
+def test_a_batch_id_fits_everywhere_and_tells_the_order(prefix: str) -> None:
+    name = new_id(prefix)
+    assert len(name) <= 47 and name == name.lower() and name.isascii() and name[0].isalnum()
+
+
+def test_where_a_batch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = resolve_spec("pocket")
+    own = resolve_spec("pocket", None, ["train.storage_path=s3://own/place/"])
+    assert storage_for("photos", plain, None) == str(tmp_path / "runs" / "train")
+    assert storage_for("s3://bucket/photos", plain, None) == "s3://bucket/.echodistill"
+    assert storage_for("s3://bucket/photos", own, None) == "s3://own/place"
+    assert storage_for("s3://bucket/photos", own, "shared") == str(tmp_path / "shared")
+
+
+def test_photos_are_copied_by_content_and_once(tmp_path: Path, s3_bucket: S3Bucket) -> None:
+    for number in range(4):
+        place = tmp_path / "photos" / f"fox-{number // 2}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 96), (number, 0, 0)).save(place)
+    (tmp_path / "photos" / "classes.json").write_text('{"fox-0": "fox", "fox-1": "fox"}')
+    concepts = {one.id: one.concept for one in check_prefix(str(tmp_path / "photos"))}
+    assert all(concepts.values())
+    moved = upload_photos(concepts, f"{s3_bucket.uri}/storage")  # type: ignore[arg-type]
+    listed = s3_bucket.client.list_objects_v2(Bucket=s3_bucket.name)["Contents"]
+    assert len(listed) == 4
+    times = {item["Key"]: item["LastModified"] for item in listed}
+    for name, concept in moved.items():
+        before = concepts[name]
+        assert before is not None and concept.digest == before.digest
+        assert all(f"storage/photos/{image.sha256}.png" in times for image in concept.images)
+        assert all(image.path == "" for image in concept.images)
+    assert upload_photos(moved, "elsewhere") == moved  # what is on S3 stays there
+    batch, _ = plan_batch(
+        "p", check_prefix(str(tmp_path / "photos")), spec_at(tmp_path), registry=""
+    )
+    save_batch(batch, moved)
+    assert load_concepts(batch) == moved
+
+
+def test_what_the_documents_say(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "a", "b", "c")
+    view = BatchView(batch.uri)
+    assert view.read().state == "queued" and view.read().counts == {"invalid": 1, "queued": 3}
+
+    lease = {"holder": "x", "job": "j1", "ended": None, "error": None}
+    alive = {**lease, "expires": time.time() + 60}
+    documents.write(f"{batch.uri}/{LEASE}", alive)
+    already = as_facts(ConceptState("a", "already", version="3", seconds=7.0))
+    digests = {name: f"digest-{name}" for name in "abc"}
+    found = {"digests": digests, "already": {"a": already}, "registry": "sqlite:///x.db"}
+    documents.write(f"{batch.uri}/{FOUND}", found)
+    training = ConceptState("b", "training", iteration=5, iterations=9, loss={"mse": 0.25})
+    pack = {"b": as_facts(training), "c": as_facts(ConceptState("c", "failed", error="it broke"))}
+    documents.write(f"{batch.uri}/{PACKS}/1.json", pack)
+
+    status = view.read()
+    assert (status.state, status.job, status.over) == ("running", "j1", False)
+    a, b, broken, c = status.concepts
+    assert (a.state, a.version, a.seconds, a.digest) == ("already", "3", 7.0, "digest-a")
+    assert b == replace(training, digest="digest-b") and b.losses == "mse 0.25"
+    assert broken.state == "invalid" and broken.error == "a.png: is no picture"
+    assert (c.state, c.error, c.good) == ("failed", "it broke", False)
+    document = status.as_json()
+    assert document["counts"] == {"already": 1, "failed": 1, "invalid": 1, "training": 1}
+    assert set(document["concepts"][0]) >= {"id", "state", "version", "digest", "seconds", "error"}
+
+    # The driver is gone: nobody wrote anything, and the reader knows.
+    documents.write(f"{batch.uri}/{LEASE}", {**lease, "expires": time.time() - 1})
+    status = view.read()
+    assert status.state == "interrupted" and status.over
+    assert [one.state for one in status.concepts] == ["already", "interrupted", "invalid", "failed"]
+    assert f"retry {batch.id}" in (status.concepts[1].error or "")
+    documents.write(f"{batch.uri}/{LEASE}", {**alive, "ended": "cancelled"})
+    assert [one.state for one in view.read().concepts][1] == "cancelled"

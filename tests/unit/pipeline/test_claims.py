@@ -1,0 +1,65 @@
+"""Who works on what: leases that run out, claims that hang on them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from model.errors import InputError
+from pipeline import documents
+from pipeline.claims import LEASE, Claims, Lease
+
+
+def test_a_batch_has_one_driver_at_a_time(tmp_path: Path) -> None:
+    batch = str(tmp_path / "batches" / "b1")
+    first = Lease(batch, "job-1")
+    with pytest.raises(InputError, match="job-1"):
+        Lease(batch, "job-2")
+    first.end("done")
+    Lease(batch, "job-2").end("done")
+
+
+def test_a_lease_that_is_not_renewed_runs_out(tmp_path: Path) -> None:
+    batch = str(tmp_path / "b1")
+    place = f"{batch}/{LEASE}"
+    dead = {"holder": "x", "job": "job-1", "ended": None, "expires": time.time() - 1}
+    documents.write(place, dead)
+    lease = Lease(batch, "job-2", seconds=0.3)
+    there = documents.read(place)
+    deadline = time.monotonic() + 20
+    while documents.read(place) == there and time.monotonic() < deadline:  # until it is renewed
+        pass
+    renewed = documents.read(place)
+    assert renewed is not None and there is not None
+    assert renewed.value["expires"] > there.value["expires"]
+    # Whoever loses it to another learns of it, and says nothing any more.
+    documents.write(place, {**renewed.value, "holder": "another"})
+    assert lease.lost.wait(20)
+    lease.end("done")
+    after = documents.read(place)
+    assert after is not None and after.value["holder"] == "another" and not after.value["ended"]
+
+
+def test_a_digest_has_one_claimant_until_it_lets_go_or_dies(tmp_path: Path) -> None:
+    storage = str(tmp_path)
+    leases = [Lease(f"{storage}/batches/b{n}", f"job-{n}") for n in range(3)]
+    one, two, three = (Claims(storage, lease) for lease in leases)
+
+    mine = one.take("d1", "run-1")
+    assert mine is not None and mine.runs == ("run-1",)
+    assert two.take("d1", "run-2") is None
+    again = one.take("d1", "run-1b")  # its own, after a pack's process died
+    assert again is not None and again.runs == ("run-1b", "run-1")
+    one.release(mine)  # an old claim lets nothing go
+    assert two.take("d1", "run-2") is None
+    one.release(again)
+    theirs = two.take("d1", "run-2")
+    assert theirs is not None and theirs.runs == ("run-2", "run-1b", "run-1")
+
+    leases[1].end("cancelled")  # one write frees every claim
+    last = three.take("d1", "run-3")
+    assert last is not None and last.runs[0] == "run-3" and "run-2" in last.runs
+    for lease in (leases[0], leases[2]):
+        lease.end("done")

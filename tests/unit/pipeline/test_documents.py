@@ -1,0 +1,70 @@
+"""Conditional writes, in a folder and on S3: of two who saw the same, one wins."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from model.errors import InputError
+from pipeline import documents
+from tests.conftest import S3Bucket
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "some" / "where")
+    bucket: S3Bucket = request.getfixturevalue("s3_bucket")
+    return f"{bucket.uri}/some/where"
+
+
+def test_a_write_comes_back_and_a_condition_holds(place: str) -> None:
+    uri = f"{place}/a.json"
+    assert documents.read(uri) is None
+    first = documents.write(uri, {"ä": [1, None]}, documents.ABSENT)
+    there = documents.read(uri)
+    assert there is not None and there.value == {"ä": [1, None]} and there.tag == first
+    assert documents.write(uri, "mine", documents.ABSENT) is None
+    second = documents.write(uri, "second", first)
+    assert second not in (None, first)
+    assert documents.write(uri, "late", first) is None
+    assert documents.write(f"{place}/never.json", "was", first) is None
+    assert documents.read(uri) == documents.Document("second", second or "")
+    assert documents.write(uri, "whatever") and documents.read(uri) != second
+
+
+def test_of_many_writers_one_wins(place: str) -> None:
+    uri = f"{place}/a.json"
+    with ThreadPoolExecutor(8) as pool:
+        tags = list(pool.map(lambda n: documents.write(uri, n, documents.ABSENT), range(16)))
+    winners = [n for n, tag in enumerate(tags) if tag]
+    there = documents.read(uri)
+    assert there is not None and winners == [there.value]
+
+
+def test_a_folder_is_read_once_unless_it_changes(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        documents.write(f"{place}/{name}.json", name)
+    documents.write(f"{place}/below/c.json", "c")
+    first = documents.read_folder(place)
+    assert {name: document.value for name, document in first.items()} == {"a": "a", "b": "b"}
+    read: list[str] = []
+    real = documents.read
+    monkeypatch.setattr(documents, "read", lambda uri: (read.append(uri), real(uri))[1])
+    assert documents.read_folder(place, first) == first and read == []
+    documents.write(f"{place}/b.json", "c")
+    assert documents.read_folder(place, first)["b"].value == "c"
+    assert read == [f"{place}/b.json"]
+    assert documents.list_folders(place) == ["below"]
+    assert documents.read_folder(f"{place}/nowhere") == {}
+
+
+def test_what_is_not_json_is_told(place: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(InputError, match=r"broken\.json is not JSON"):
+        documents.read(str(broken))
