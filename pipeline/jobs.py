@@ -157,7 +157,11 @@ def entrypoint(uri: str, failed: bool) -> str:
     The cluster's own `python` runs it; where Ray was started from an environment that is not on the
     PATH, the submitting one does, if it is on that machine too.
     """
-    find = "import importlib.util as u, sys; sys.exit(u.find_spec('pipeline.driver') is None)"
+    # In a checkout any python finds our own package, so what it needs is looked for too.
+    find = (
+        "from importlib.util import find_spec as f; "
+        "raise SystemExit(not all(map(f, ('ray', 'torch', 'pipeline.driver'))))"
+    )
     pythons = f"python {shlex.quote(sys.executable)}"
     flag = " --failed" if failed else ""
     return (

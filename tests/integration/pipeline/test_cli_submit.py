@@ -1,0 +1,170 @@
+"""`echodistill submit`, `status`, `logs`, `cancel` and `retry`, on a Ray started as a cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from tests.integration.pipeline.commands import environment, run
+from tests.integration.pipeline.processes import MARK, left_behind, new_mark
+
+QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
+SLOW = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=0")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard of a Ray of two CPUs that wants the session's token, started by `ray start`."""
+    import tempfile
+
+    home = tmp_path_factory.mktemp("cluster")
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
+    mark, port = new_mark(), free_port()
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
+        *("--port", "0", "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
+        *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
+        *("--dashboard-agent-listen-port", str(free_port()), "--temp-dir", scratch),
+    ]
+    with (home / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment(home, **{MARK: mark}), stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert head.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+        for pid in left_behind(mark, 20):
+            psutil.Process(pid).kill()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def wait_for(condition: Callable[[Any], bool], *words: str, cwd: Path) -> Any:
+    """Ask for the status until it is such; gives the document."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        done = run("status", *words, "--json", cwd=cwd)
+        if done.code in (0, 1) and condition(done.document):
+            return done.document
+    raise AssertionError(done.stdout + done.stderr)
+
+
+def by_id(document: Any) -> dict[str, Any]:
+    return {one["id"]: one for one in document["concepts"]}
+
+
+@pytest.mark.slow
+def test_a_batch_with_broken_folders(
+    cluster: str, tiny_base: Path, concepts: Path, tmp_path: Path
+) -> None:
+    for name in ("no-photos", "no-noun", "no-picture"):
+        (concepts / name).mkdir()
+    (concepts / "no-photos" / "concept.yaml").write_text("class_noun: dog\n")
+    Image.new("RGB", (80, 80)).save(concepts / "no-noun" / "0.png")
+    (concepts / "no-picture" / "0.png").write_bytes(b"no picture")
+    (concepts / "no-picture" / "concept.yaml").write_text("class_noun: dog\n")
+    words = ("submit", str(concepts), "--base", str(tiny_base), *QUICK, "--json")
+    there = ("--address", cluster)
+
+    # What is wrong is told before anything is submitted.
+    refused = run(*words, *there, "--strict", cwd=tmp_path)
+    assert refused.code == 1, refused.stderr
+    assert refused.document["batch"] is None and refused.document["counts"] == {"invalid": 3}
+    refused = run(*words, *there, cwd=tmp_path, RAY_AUTH_TOKEN="wrong" * 8)
+    assert refused.code == 2 and "RAY_AUTH_TOKEN" in refused.error, refused.stderr
+    refused = run(*words, "--address", "http://127.0.0.1:9", cwd=tmp_path)
+    assert refused.code == 3 and "--address" in refused.error, refused.stderr
+    assert run("status", cwd=tmp_path).code == 2
+
+    # Two are done, three are named; the storage alone tells it again.
+    done = run(*words, *there, "--wait", cwd=tmp_path)
+    assert done.code == 1, done.stderr
+    found = by_id(done.document)
+    assert done.document["counts"] == {"invalid": 3, "trained": 2}
+    for name in ("my-dog", "my-robot"):
+        assert (found[name]["version"], found[name]["error"]) == ("1", None)
+        assert len(found[name]["digest"]) == 64 and found[name]["seconds"] > 0
+    for name in ("no-photos", "no-noun", "no-picture"):
+        assert found[name]["state"] == "invalid" and found[name]["error"]
+    status = run("status", "--json", cwd=tmp_path, RAY_AUTH_TOKEN="")
+    assert status.code == 1 and status.document == done.document
+    table = run("status", done.document["batch"], cwd=tmp_path)
+    assert "my-robot" in table.stdout and "2 trained" in table.stdout
+    logs = run("logs", "my-dog", *there, cwd=tmp_path)
+    assert "register" in logs.stdout and "my-robot register" not in logs.stdout
+    assert all("my-dog" in line for line in logs.stdout.splitlines())
+
+    # Nothing is trained twice, and what was trained is where other commands look for it.
+    again = run(*words, *there, "--wait", cwd=tmp_path)
+    assert again.code == 1 and again.document["counts"] == {"already": 2, "invalid": 3}
+    assert again.document["batch"] != done.document["batch"]
+    picture = run("generate", "my-dog", "a dog on the beach", "--json", cwd=tmp_path)
+    assert picture.code == 0 and picture.document["sha256"] == found["my-dog"]["sha256"]
+
+
+@pytest.mark.slow
+def test_cancelled_killed_and_gone_on(
+    cluster: str, tiny_base: Path, concepts: Path, tmp_path: Path
+) -> None:
+    there = ("--address", cluster)
+    words = ("submit", str(concepts / "my-dog"), "--base", str(tiny_base), *QUICK, *SLOW, "--json")
+    begun = run(*words, *there, cwd=tmp_path)
+    assert begun.code == 0, begun.stderr
+    batch = begun.document["uri"]
+    first = wait_for(lambda found: by_id(found)["my-dog"]["iteration"] > 0, batch, cwd=tmp_path)
+    assert first["state"] == "running" and by_id(first)["my-dog"]["state"] == "training"
+    refused = run("retry", batch, *there, "--json", cwd=tmp_path)
+    assert refused.code == 2 and "is being worked on" in refused.error
+
+    cancelled = run("cancel", batch, *there, "--json", cwd=tmp_path)
+    assert cancelled.code == 0, cancelled.stderr
+    assert cancelled.document["state"] == "cancelled"
+    assert cancelled.document["counts"] == {"cancelled": 1}
+    reached = by_id(cancelled.document)["my-dog"]["iteration"]
+
+    # It goes on where it was, until its driver is killed: the state has no author any more.
+    retried = run("retry", batch, *there, "--json", cwd=tmp_path)
+    assert retried.code == 0, retried.stderr
+    assert retried.document["job"] != begun.document["job"]
+    wait_for(
+        lambda found: found["state"] == "running" and by_id(found)["my-dog"]["iteration"] > reached,
+        batch,
+        cwd=tmp_path,
+    )
+    drivers = [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "pipeline.driver" in (process.info["cmdline"] or []) and batch in process.info["cmdline"]
+    ]
+    for process in drivers:
+        os.kill(process.pid, signal.SIGKILL)
+    assert drivers
+    retried = run("retry", batch, *there, "--json", cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while retried.code and time.monotonic() < deadline:  # until Ray notices its death
+        retried = run("retry", batch, *there, "--json", cwd=tmp_path)
+    assert retried.code == 0, retried.stderr
+    wait_for(lambda found: found["state"] == "running", batch, cwd=tmp_path)
+    assert run("cancel", batch, *there, cwd=tmp_path).code == 0
