@@ -1,15 +1,14 @@
-"""The driver of a batch: what the cluster's job runs (`python -m pipeline.driver <batch URI>`).
+"""The driver of a batch: takes its packs through a Ray cluster.
 
 It starts a Ray Train run for one pack after the other, keeps a few of them waiting for room (their
 placement groups are what an autoscaler sees), and writes what each concept is at. Only so few wait
-that a batch that comes later waits behind those and not behind a whole batch: Ray gives room in the
-order in which it was asked for.
+that a batch that comes later waits behind those and not behind a whole batch: Ray gives room about
+in the order in which it was asked for.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -23,11 +22,11 @@ from components.ingest.concept_folder import Concept, concept_digest
 from components.register.connection import hide_password
 from components.register.registry import find_versions
 from components.spec import spec_digest
-from model.errors import EchoDistillError, InputError
+from model.errors import EchoDistillError, ServiceError
 from pipeline import documents
 from pipeline.base import base_hash
-from pipeline.batch import Batch, load_batch, load_concepts
-from pipeline.claims import JOB_NAME, LEASE_SECONDS, Claim, Claims, Lease
+from pipeline.batch import Batch, load_concepts
+from pipeline.claims import Claim, Claims, Lease
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.progress import Event, Progress
 from pipeline.run import ConceptResult, already_note, from_version
@@ -119,6 +118,10 @@ class Driver:
         return self._states
 
     @property
+    def _mend(self) -> str:
+        return f"echodistill retry {self._batch.id} --failed tries it again"
+
+    @property
     def _ended(self) -> bool:
         return self._stop.is_set() or self._lease.lost.is_set()
 
@@ -198,6 +201,10 @@ class Driver:
                     strict=True,
                 )
             )
+        except ServiceError as error:  # the storage may be back
+            self._requeue(turn.pack, turn.ids)
+            log.warning("%s waits: %s", run, error)
+            return False
         except EchoDistillError as error:
             self._fail(turn, str(error))
             return False
@@ -290,6 +297,7 @@ class Driver:
             loss=before.loss,
             iteration=before.iteration if state.state == "failed" else state.iteration,
             iterations=before.iterations or state.iterations,
+            note=self._mend if state.state == "failed" else state.note,
         )
         self._changed.add(pack)
         told = state.error or state.note
@@ -305,8 +313,7 @@ class Driver:
         if 0 <= tries < turn.attempt:
             self._fail(
                 turn,
-                f"the pack's process died {turn.attempt} times ({reason}): look at the nodes' "
-                f"memory, then echodistill retry {self._batch.id} --failed",
+                f"the pack's process died {turn.attempt} times ({reason}): look at its node's memory",
             )
             return
         self._progress(Event("batch", self._batch.run_name(turn.pack), f"once more: {reason}"))
@@ -378,75 +385,3 @@ def _kill(actor: Any) -> None:
     import ray
 
     ray.kill(actor)
-
-
-def drive(
-    uri: str,
-    progress: Progress,
-    stop: Flag,
-    *,
-    failed: bool = False,
-    job: str = "",
-    lease_seconds: float = LEASE_SECONDS,
-    **seconds: float,
-) -> dict[str, ConceptState]:
-    """Take a batch to its end under a lease; the process is connected to a Ray.
-
-    Returns:
-        every concept's state, by id.
-
-    Raises:
-        InputError: when another driver works on it, or settings are wrong.
-        ServiceError: when a service is out of reach at the start.
-    """
-    batch = load_batch(uri)
-    lease = Lease(uri, job, seconds=lease_seconds)
-    try:
-        states = Driver(batch, lease, progress, stop, **seconds).run(failed=failed)
-        if lease.lost.is_set():
-            raise InputError(f"another driver took the batch {uri} over: this one ends")
-    except BaseException as error:
-        ours = isinstance(error, EchoDistillError)
-        lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
-        raise
-    lease.end("cancelled" if stop.is_set() else "done")
-    return states
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Entry point of the cluster's job: a batch's URI, and `--failed`."""
-    from pipeline.cli.interruptible import Interruptible
-    from pipeline.pack_run import log_lines
-    from pipeline.services import local_ray, quiet_libraries
-
-    quiet_libraries()
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    # A node of an autoscaling cluster takes minutes to come.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
-    uri, failed = arguments[0], "--failed" in arguments
-    os.environ.setdefault("MLFLOW_TRACKING_URI", load_batch(uri).registry)
-    stop = Flag()
-
-    def work() -> dict[str, ConceptState]:
-        with local_ray(cpus=1, echo=True):
-            job = os.environ.get(JOB_NAME, "")
-            return drive(uri, log_lines(), stop, failed=failed, job=job)
-
-    try:
-        states = Interruptible(log_lines()).run(work, stop.set)
-    except KeyboardInterrupt:  # or SIGTERM, which is how a job is stopped
-        print("cancelled", flush=True)
-        return 130
-    except EchoDistillError as error:
-        print(f"error: {error}", flush=True)
-        return error.exit_code
-    return 0 if all(one.good for one in states.values()) else 1
-
-
-if __name__ == "__main__":
-    import sys
-
-    # Under its own name, so that what it sends to actors is found there too.
-    from pipeline.driver import main as _main
-
-    sys.exit(_main(sys.argv[1:]))

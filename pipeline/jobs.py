@@ -21,6 +21,12 @@ from pipeline.claims import JOB_NAME, LEASE, is_alive
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_SECONDS = 30.0
 _BATCH = "echodistill.batch"
+_ENVIRONMENT = {
+    # A node of an autoscaling cluster takes minutes to come.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
+    # The packs say much that is alike, and each is a line of its own.
+    "RAY_DEDUP_LOGS": "0",
+}
 _OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
@@ -62,7 +68,7 @@ class Jobs:
             self._client.submit_job(
                 entrypoint=entrypoint(batch.uri, failed),
                 submission_id=job,
-                runtime_env={"env_vars": {**(environment or {}), JOB_NAME: job}},
+                runtime_env={"env_vars": {**_ENVIRONMENT, **(environment or {}), JOB_NAME: job}},
                 metadata={_BATCH: batch.id},
             )
         return job
@@ -160,13 +166,13 @@ def entrypoint(uri: str, failed: bool) -> str:
     # In a checkout any python finds our own package, so what it needs is looked for too.
     find = (
         "from importlib.util import find_spec as f; "
-        "raise SystemExit(not all(map(f, ('ray', 'torch', 'pipeline.driver'))))"
+        "raise SystemExit(not all(map(f, ('ray', 'torch', 'pipeline.drive'))))"
     )
     pythons = f"python {shlex.quote(sys.executable)}"
     flag = " --failed" if failed else ""
     return (
         f'for p in {pythons}; do "$p" -c {shlex.quote(find)} 2>/dev/null && '
-        f'exec "$p" -m pipeline.driver {shlex.quote(uri)}{flag}; done; '
+        f'exec "$p" -m pipeline.drive {shlex.quote(uri)}{flag}; done; '
         "echo 'error: echodistill is not installed on this node: use an image that has it'; exit 3"
     )
 

@@ -30,6 +30,7 @@ from pipeline import documents
 from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
 from pipeline.run import Assessed, ConceptResult, PackRunner, failed, relay
+from pipeline.services import quiet_libraries
 
 # Ray Train's record of the checkpoints that are whole; it rewrites it after every report.
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -74,6 +75,7 @@ class PackRun:
     """The actor; `look` answers while `run` works."""
 
     def __init__(self, order: PackOrder) -> None:
+        quiet_libraries()
         self._order = order
         self._look = Look(platform.node())
         self._lock = Lock()

@@ -137,6 +137,9 @@ def wait(view: BatchView, jobs: Jobs, job: str, progress: Progress) -> BatchStat
             break
         gone = gone or (time.monotonic() if over else 0.0)
         time.sleep(WAIT_SECONDS)
+    if status.state == "running":  # its driver was killed
+        end_lease(view.batch, "interrupted")
+        status = view.read()
     if not status.over:
         state, message = jobs.state(job)
         lines = jobs.logs(view.batch).strip().splitlines()[-3:]

@@ -99,6 +99,9 @@ def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
     def human(console: Console) -> None:
         draw(console, found.concepts)
         console.print(_summary(found), markup=False, soft_wrap=True)
+        if found.counts.get("failed"):
+            again = f"echodistill retry {found.batch.uri} --failed   # tries the failed ones again"
+            console.print(again, markup=False, soft_wrap=True)
         if found.error:
             console.print(f"error: {found.error}", markup=False, soft_wrap=True)
 

@@ -156,7 +156,7 @@ def test_cancelled_killed_and_gone_on(
     drivers = [
         process
         for process in psutil.process_iter(["cmdline", "environ"])
-        if "pipeline.driver" in (process.info["cmdline"] or []) and batch in process.info["cmdline"]
+        if "pipeline.drive" in (process.info["cmdline"] or []) and batch in process.info["cmdline"]
     ]
     for process in drivers:
         os.kill(process.pid, signal.SIGKILL)

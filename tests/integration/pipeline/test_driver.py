@@ -23,7 +23,7 @@ from pipeline import documents
 from pipeline.base import base_hash
 from pipeline.batch import Batch, at_storage, plan_batch, save_batch, storage_for, upload_photos
 from pipeline.claims import LEASE
-from pipeline.driver import drive
+from pipeline.drive import drive
 from pipeline.progress import Event, silent
 from pipeline.state import BatchStatus, BatchView, ConceptState
 from tests.conftest import S3Bucket

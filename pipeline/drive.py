@@ -1,0 +1,78 @@
+"""What the cluster's job runs: `python -m pipeline.drive <batch URI> [--failed]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from threading import Event as Flag
+
+from model.errors import EchoDistillError, InputError
+from pipeline.batch import load_batch
+from pipeline.claims import JOB_NAME, LEASE_SECONDS, Lease
+from pipeline.cli.interruptible import Interruptible
+from pipeline.driver import Driver
+from pipeline.pack_run import log_lines
+from pipeline.progress import Progress
+from pipeline.services import local_ray, quiet_libraries
+from pipeline.state import ConceptState
+
+
+def drive(
+    uri: str,
+    progress: Progress,
+    stop: Flag,
+    *,
+    failed: bool = False,
+    job: str = "",
+    lease_seconds: float = LEASE_SECONDS,
+    **seconds: float,
+) -> dict[str, ConceptState]:
+    """Take a batch to its end under a lease; the process is connected to a Ray.
+
+    Returns:
+        every concept's state, by id.
+
+    Raises:
+        InputError: when another driver works on it, or settings are wrong.
+        ServiceError: when a service is out of reach at the start.
+    """
+    batch = load_batch(uri)
+    lease = Lease(uri, job, seconds=lease_seconds)
+    try:
+        states = Driver(batch, lease, progress, stop, **seconds).run(failed=failed)
+        if lease.lost.is_set():
+            raise InputError(f"another driver took the batch {uri} over: this one ends")
+    except BaseException as error:
+        ours = isinstance(error, EchoDistillError)
+        lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
+        raise
+    lease.end("cancelled" if stop.is_set() else "done")
+    return states
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of the cluster's job: a batch's URI, and `--failed`."""
+    quiet_libraries()
+    uri, failed = arguments[0], "--failed" in arguments
+    os.environ.setdefault("MLFLOW_TRACKING_URI", load_batch(uri).registry)
+    stop = Flag()
+
+    def work() -> dict[str, ConceptState]:
+        with local_ray(cpus=1, echo=True):
+            job = os.environ.get(JOB_NAME, "")
+            return drive(uri, log_lines(), stop, failed=failed, job=job)
+
+    try:
+        states = Interruptible(log_lines()).run(work, stop.set)
+    except KeyboardInterrupt:  # or SIGTERM, which is how a job is stopped
+        print("cancelled", flush=True)
+        return 130
+    except EchoDistillError as error:
+        print(f"error: {error}", flush=True)
+        return error.exit_code
+    return 0 if all(one.good for one in states.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
