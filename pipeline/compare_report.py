@@ -28,9 +28,16 @@ _SHOWN_PROMPTS = 2
 _HEADER, _GAP = 28, 6
 
 
-def document(found: Comparison, spec: RunSpec) -> dict[str, Any]:
-    """Give the JSON of a comparison; `half` is half the width of a 95 % interval over concepts."""
-    return {
+def document(found: Comparison, spec: RunSpec, *, intervals: bool = True) -> dict[str, Any]:
+    """Give the JSON of a comparison.
+
+    Args:
+        found: what was measured.
+        spec: of the full method.
+        intervals: whether there are enough concepts for intervals and for claims to hold or fail;
+            `half` is half the width of a 95 % interval over concepts.
+    """
+    whole = {
         "base": spec.base.name,
         "iterations": total_iterations(spec),
         "models": found.models,
@@ -44,6 +51,22 @@ def document(found: Comparison, spec: RunSpec) -> dict[str, Any]:
         "differences": differences(found),
         "claims": claims(found),
     }
+    return whole if intervals else _points(whole)
+
+
+def _points(whole: dict[str, Any]) -> dict[str, Any]:
+    """Take every interval out, and what is concluded from one."""
+    for method in whole["methods"]:
+        del method["intervals"]
+    leads = whole["differences"].values()
+    for value in [claim["value"] for claim in whole["claims"]] + [
+        v for r in leads for v in r.values()
+    ]:
+        if value is not None:
+            value["half"] = None
+    for claim in whole["claims"]:
+        claim["holds"] = None
+    return whole
 
 
 def _method(outcome: Outcome) -> dict[str, Any]:
@@ -151,8 +174,8 @@ def _coverage(found: Comparison) -> dict[str, Any]:
     return {"claim": words, "value": {"mean": round(share, 4), "half": None}, "holds": holds}
 
 
-def table(found: Comparison) -> Table:
-    """Give the table for a terminal."""
+def table(found: Comparison, *, intervals: bool = True) -> Table:
+    """Give the table for a terminal, with 95 % intervals or without."""
     from rich.table import Table
 
     rows = Table(box=None, pad_edge=False)
@@ -165,15 +188,16 @@ def table(found: Comparison) -> Table:
         rows.add_row(
             outcome.method.words,
             "25" if outcome.method.drawer == "teacher" else "1",
-            *(_words(each) for each in figures),
+            *(_words(each, intervals) for each in figures),
         )
     return rows
 
 
-def _words(each: Estimate | None) -> str:
+def _words(each: Estimate | None, intervals: bool) -> str:
     if each is None:
         return "-"
-    return f"{each.mean:.3f}" + ("" if each.half is None else f" ± {each.half:.3f}")
+    half = each.half if intervals else None
+    return f"{each.mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def write_grid(found: Comparison, path: Path) -> None:

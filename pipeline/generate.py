@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.ingest.cache import cache_root, disk_error, replacing, replacing_folder
+from components.register.connection import connect, hide_password, reaching
 from components.register.registry import (
     RegisteredVersion,
     fetch_adapter,
     get_version,
+    model_name,
 )
 from model.errors import EchoDistillError, InputError
-from model.names import CHAMPION
+from model.names import CHAMPION, CONCEPT_ID
 from pipeline.progress import Event, Progress
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def generate(
         name=adapter.meta["base"]["name"],
         resolution=adapter.meta["resolution"],
     )
+    _make_folder(out)
     seeds = tuple(range(seed, seed + n))
     paths = []
     start = time.perf_counter()
@@ -109,13 +112,34 @@ def generate(
 
 def _find(concept: str, tracking_uri: str) -> RegisteredVersion:
     concept_id, _, pointer = concept.partition("@")
+    if not CONCEPT_ID.fullmatch(concept_id):
+        likely = re.sub(r"[^a-z0-9_-]+", "-", concept_id.lower()).strip("-_")
+        advice = f", such as {likely}" if likely else ""
+        raise InputError(
+            f"{concept_id!r} is no concept's id, which has a-z, 0-9, _ and - only: give the name "
+            f"of its folder{advice}"
+        )
     found = get_version(concept_id, pointer or CHAMPION, tracking_uri=tracking_uri)
     if found is None:
-        raise InputError(
-            f"there is no {pointer or CHAMPION} of concept {concept_id!r} in the registry at "
-            f"{tracking_uri}: train it first, or name another registry with --tracking-uri"
-        )
+        raise InputError(_what_there_is(concept_id, pointer, tracking_uri))
     return found
+
+
+def _what_there_is(concept_id: str, pointer: str, tracking_uri: str) -> str:
+    """Say which versions a concept has instead of the one that was asked for."""
+    client = connect(tracking_uri)
+    with reaching(tracking_uri):
+        versions = client.search_model_versions(f"name = '{model_name(concept_id)}'")
+    where = f"in the registry at {hide_password(tracking_uri)}"
+    if not versions:
+        return (
+            f"there is no concept {concept_id!r} {where}: train it first, or name another registry "
+            "with --tracking-uri"
+        )
+    numbers = ", ".join(str(number) for number in sorted(int(each.version) for each in versions))
+    kind = "version" if pointer.isdecimal() else "alias"
+    asked = f"{kind} {pointer}" if pointer else CHAMPION
+    return f"concept {concept_id!r} has no {asked} {where}: ask for one of its versions ({numbers})"
 
 
 def _load(version: RegisteredVersion, tracking_uri: str) -> Adapter:
@@ -147,13 +171,14 @@ def _base_of(adapter: Adapter, base: dict[str, str] | None) -> tuple[Path, Path]
 
 
 def _save(picture: torch.Tensor, path: Path) -> None:
-    from PIL import Image
+    from model.png import png
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(png(picture.permute(1, 2, 0).numpy()))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder) from error

@@ -28,6 +28,9 @@ def quiet_libraries() -> None:
         # Threads that wait actively take the cores from those that they wait for as soon as
         # anything else runs: the same work then takes ten times as long.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # But they wait actively for some microseconds first, which saves a third of the time where
+        # nothing else runs.
+        "GOMP_SPINCOUNT": "10000",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray would build an environment of its own when the command was started by `uv run`.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

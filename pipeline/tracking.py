@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from components.register.connection import hide_password, sqlite_path
 from components.spec import RunSpec, resolve_spec
 from components.train.tracking import resolve_tracking
 from model.errors import InputError
@@ -27,3 +28,19 @@ def tracking_uri(given: str | None = None, spec: RunSpec | None = None) -> str:
             "it on"
         )
     return found.uri
+
+
+def registry_to_read(given: str | None = None) -> str:
+    """Return the MLflow URI of a registry that is there: who only reads must not make one.
+
+    Raises:
+        InputError: when it is a SQLite file, and there is none.
+    """
+    uri = tracking_uri(given)
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise InputError(
+            f"there is no registry at {hide_password(uri)}: train a concept first, or name another "
+            "with --tracking-uri"
+        )
+    return uri

@@ -202,8 +202,8 @@ def weights_are_safetensors(sources: Sources) -> list[str]:
         for line, module in imports(text):
             if module.split(".")[0] in modules:
                 found.append(f"{name}:{line} imports {module}")
-        # The judge's published weights are a pickle: its sha256 is pinned and tensors alone are read,
-        # once, to make the file that ships.
+        # The judge's published weights are a pickle: its sha256 is pinned, and tensors alone are
+        # read, once, to make the file that ships.
         allowed = {"torch.load"} if name == "components/pretrain/judge.py" else set()
         for line, call in calls(text):
             if call in functions - allowed:

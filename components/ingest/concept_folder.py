@@ -29,6 +29,7 @@ _FOLDER_DEPTH = 2  # <id>/<image>, and one level more to see images that lie too
 _CONCEPTS_AT_ONCE, _IMAGES_AT_ONCE = 8, 4
 _decoding = threading.BoundedSemaphore(4)  # a decoded image of 50 megapixels is 150 MB
 _NOT_CONCEPTS = {"__MACOSX"}
+_NO_FILE = (store.FOLDER_LINK, store.EMPTY_FOLDER)  # entries that stand for a whole folder
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def check_prefix(uri: str, *, cache: Path | None = None) -> list[CheckedConcept]
     InputError when the prefix is missing, empty or holds no concept folders, and
     ServiceError when S3 is out of reach.
     """
-    entries = store.list_folder(uri, depth=_FOLDER_DEPTH)
+    entries = store.list_folder(uri, depth=_FOLDER_DEPTH, empty=True)
     single = _single_concept(uri, entries, cache)
     if single is not None:
         concept_id, facts = single
@@ -152,7 +153,7 @@ def _by_folder(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     folders: dict[str, list[Entry]] = {}
     for entry in entries:
         head, _, tail = entry.name.partition("/")
-        if _hidden(entry.name) or not (tail or entry.refusal == store.FOLDER_LINK):
+        if _hidden(entry.name) or not (tail or entry.refusal in _NO_FILE):
             continue
         inside = Entry(tail, entry.uri, entry.size, entry.etag, entry.refusal)
         folders.setdefault(head, []).append(inside)
@@ -211,7 +212,8 @@ def _check_concept(
     if own is not None:
         facts, found = concept_facts.read_own(own, facts, cache)
         problems += found
-    problems += facts.problems({entry.name for entry in photos})
+    if not any(entry.refusal == store.EMPTY_FOLDER for entry in direct):
+        problems += facts.problems({entry.name for entry in photos})
     if not photos:
         problems.append(_no_images(concept_id, entries, direct))
     elif len(photos) > MAX_IMAGES:
@@ -238,7 +240,9 @@ def _sort_files(direct: Sequence[Entry], problems: list[str]) -> tuple[list[Entr
     """Split a concept's files into images and others; images of unread types are problems."""
     photos, others = [], []
     for entry in direct:
-        if not entry.name:  # the folder itself is a link
+        if entry.refusal == store.EMPTY_FOLDER:
+            others.append(entry)
+        elif not entry.name:  # the folder itself is a link
             problems.append(f"{PurePosixPath(entry.uri).name}: {entry.refusal}")
         elif pictures.is_image_name(entry.name):
             photos.append(entry)

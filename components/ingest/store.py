@@ -25,6 +25,7 @@ from model.errors import InputError
 MAX_ENTRIES = 1_000_000
 WORKERS = 8
 _POCKET = "pocket:"
+EMPTY_FOLDER = "is a folder without files"
 FOLDER_LINK = "is a link to a folder, which is not followed: put the folder itself in its place"
 
 
@@ -74,25 +75,33 @@ def parent_and_name(uri: str) -> tuple[str, str] | None:
     return (str(path.parent), path.name) if path.name else None
 
 
-def list_folder(uri: str, *, depth: int | None = None) -> list[Entry]:
+def list_folder(uri: str, *, depth: int | None = None, empty: bool = False) -> list[Entry]:
     """List the files below a folder or prefix, by name, ``depth`` levels of folders deep.
 
+    With ``empty`` a folder in it that holds no listed file is an entry too, refused as
+    ``EMPTY_FOLDER`` (on S3, one that a console made).
     Raises InputError when the folder is missing or holds no file, the bucket is wrong or
     credentials are missing or refused, and ServiceError when S3 is out of reach.
     """
-    entries = _list_s3(uri, depth) if is_s3(uri) else _list_local(uri, depth)
+    entries, folders = _list_s3(uri, depth) if is_s3(uri) else _list_local(uri, depth)
+    if empty:
+        bare = folders - {entry.name.partition("/")[0] for entry in entries}
+        entries += [Entry(name, join(uri, name), 0, refusal=EMPTY_FOLDER) for name in bare]
     if not entries:
         raise InputError(f"{uri} holds no files: check the path or prefix")
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _list_s3(uri: str, depth: int | None) -> list[Entry]:
+def _list_s3(uri: str, depth: int | None) -> tuple[list[Entry], set[str]]:
+    """Return the objects, and the names of the "folders" that a console made at the top."""
     bucket, key = s3.parse(uri)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
-    entries = []
+    entries: list[Entry] = []
+    folders: set[str] = set()
     for found in s3.list_objects(bucket, prefix):
         name = found.key[len(prefix) :]
         if not name or name.endswith("/"):  # a "folder" marker of a console
+            folders |= {name.partition("/")[0]} - {""}
             continue
         if depth is not None and name.count("/") > depth:
             continue
@@ -100,7 +109,7 @@ def _list_s3(uri: str, depth: int | None) -> list[Entry]:
         entries.append(Entry(name, f"s3://{bucket}/{found.key}", found.size, found.etag, refusal))
         if len(entries) > MAX_ENTRIES:
             raise InputError(f"{uri} holds over {MAX_ENTRIES} files: name a narrower prefix")
-    return entries
+    return entries, folders
 
 
 def _is_plain(name: str) -> bool:
@@ -115,13 +124,15 @@ def _resolved(path: Path) -> Path:
         raise InputError(f"{path} can't be followed: {error}") from error
 
 
-def _list_local(uri: str, depth: int | None) -> list[Entry]:
+def _list_local(uri: str, depth: int | None) -> tuple[list[Entry], set[str]]:
+    """Return the files, and the names of the folders at the top."""
     root = _resolved(local_path(uri))
     if not root.exists():
         raise InputError(f"there is no folder {uri}: check the path")
     if not root.is_dir():
         raise InputError(f"{uri} is a file, not a folder: give the folder that holds it")
     entries: list[Entry] = []
+    top: set[str] = set()
     folders = [(root, "")]
     while folders:
         folder, below = folders.pop()
@@ -132,13 +143,14 @@ def _list_local(uri: str, depth: int | None) -> list[Entry]:
         for child in children:
             name = below + child.name
             if child.is_dir() and not child.is_symlink():
+                top |= {name} if not below else set()
                 if depth is None or name.count("/") < depth:
                     folders.append((Path(child.path), name + "/"))
             else:
                 entries.append(_local_entry(root, Path(child.path), name))
         if len(entries) > MAX_ENTRIES:
             raise InputError(f"{uri} holds over {MAX_ENTRIES} files: name a narrower folder")
-    return entries
+    return entries, top
 
 
 def _local_entry(root: Path, path: Path, name: str) -> Entry:

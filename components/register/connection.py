@@ -23,6 +23,15 @@ _LIMITS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
+# What the HTTP library says inside a long report of its own, the more special first.
+_NO_CONNECTION = {
+    "Connection refused": "connection refused",
+    "NameResolutionError": "no such host",
+    "timed out": "it timed out",
+    "SSLError": "its certificate is not accepted",
+    "Max retries exceeded": "no connection",
+}
+
 
 def connect(tracking_uri: str) -> Any:
     """Return an MlflowClient for tracking and registry at one URI (nothing global is set)."""
@@ -31,7 +40,24 @@ def connect(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     with reaching(tracking_uri):
+        _make_folder(tracking_uri)
         return MlflowClient(tracking_uri, tracking_uri)
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """Return the file of a SQLite URI, None for any other URI."""
+    scheme, _, path = tracking_uri.partition(":///")
+    return Path(path) if scheme == "sqlite" and path else None
+
+
+def _make_folder(tracking_uri: str) -> None:
+    """Make the folder of a SQLite file: MLflow's own error does not say what is wrong with it."""
+    path = sqlite_path(tracking_uri)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path.parent) from error
 
 
 def code_of(error: BaseException) -> str:
@@ -50,13 +76,14 @@ def reaching(tracking_uri: str) -> Iterator[None]:
         where = f"the MLflow server at {hide_password(tracking_uri)}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_error(error, where) from error
-        if "unsupported URI" in str(error):
+        # A path without a scheme means MLflow's old file store, which it keeps no more.
+        if "unsupported URI" in str(error) or "filesystem tracking backend" in str(error):
             raise InputError(
                 f"{hide_password(tracking_uri)} is no MLflow server: write sqlite:///file.db or "
                 "http://host:port"
             ) from error
         code = code_of(error)
-        reason = hide_password(_first_line(error))
+        reason = hide_password(_reason(error))
         if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
             raise InputError(
                 f"{where} refused the credentials ({reason}): check MLFLOW_TRACKING_USERNAME, "
@@ -69,7 +96,12 @@ def reaching(tracking_uri: str) -> Iterator[None]:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, or in a word why there was no connection."""
+    text = str(error)
+    for words, meaning in _NO_CONNECTION.items():
+        if words in text:
+            return meaning
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -85,8 +117,8 @@ def experiment_id(client: Any, tracking_uri: str, name: str = DEFAULT_EXPERIMENT
     """
     found = client.get_experiment_by_name(name)
     if found is None:
-        scheme, _, path = tracking_uri.partition(":///")
-        place = Path(path).resolve().parent / "mlartifacts" if scheme == "sqlite" else None
+        path = sqlite_path(tracking_uri)
+        place = None if path is None else path.resolve().parent / "mlartifacts"
         location = None if place is None else str(place)
         try:
             return str(client.create_experiment(name, artifact_location=location))

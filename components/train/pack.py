@@ -33,6 +33,8 @@ from model.errors import EchoDistillError, InputError, ServiceError
 # long.
 _WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
+    # For some microseconds they do, which saves a third of the time where nothing else runs.
+    "GOMP_SPINCOUNT": "10000",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",

@@ -51,7 +51,6 @@ def resolve_tracking(spec: RunSpec) -> TrackingSettings | None:
     if not uri:
         storage = spec.train.storage_path
         folder = Path("runs") if store.is_s3(storage) else store.local_path(storage)
-        folder.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
     scheme, separator, path = uri.partition(":///")
     if scheme == "sqlite" and separator:  # workers run in another folder

@@ -22,7 +22,10 @@ def check(
     grid: Annotated[
         Path | None,
         typer.Option(
-            "--grid", metavar="PNG", help="Write the views that training draws, for a look."
+            "--grid",
+            metavar="PNG",
+            help="Write what training will see: a row a photo, first the photo as it is, then "
+            "random views of it. The darkened parts of a view do not count.",
         ),
     ] = None,
     json: Json = False,
@@ -72,3 +75,4 @@ def _draw(console: Console, checked: list[CheckedConcept], grid: Path | None) ->
     console.print(f"{valid} of {len(checked)} concepts are valid")
     if grid is not None:
         console.print(f"views: {grid}", markup=False, soft_wrap=True)
+        console.print("  a row a photo: the photo, then views of it; darkened parts do not count")

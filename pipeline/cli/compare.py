@@ -66,7 +66,8 @@ def compare(
     """Train concepts by several methods with equal budgets and measure one-step pictures of each.
 
     Identity (by CLIP and by a judge that no training has seen), text agreement and distance to the
-    true picture, with 95 % intervals over concepts; compare.json and grid.png are written. The same command again trains nothing that is trained.
+    true picture, with 95 % intervals over concepts (none with --quick); compare.json and grid.png
+    are written. The same command again trains nothing that is trained.
     """
     output: Output = context.obj
     from components.spec import resolve_spec
@@ -102,7 +103,7 @@ def compare(
     with output.noise_to(out / "log.txt"):
         comparison = job.run(work, abort_training)
         write_grid(comparison, out / "grid.png")
-    written = document(comparison, resolved) | {
+    written = document(comparison, resolved, intervals=not quick) | {
         "quick": quick,
         "seconds": round(time.monotonic() - start, 1),
         "grid": str(out / "grid.png"),
@@ -110,7 +111,7 @@ def compare(
     (out / "compare.json").write_text(json_module.dumps(written, indent=2) + "\n")
 
     def draw(console: Console) -> None:
-        console.print(table(comparison))
+        console.print(table(comparison, intervals=not quick))
         for row in written["claims"]:
             if row["holds"] is not None:
                 console.print(f"{'holds' if row['holds'] else 'FAILS'}  {row['claim']}")

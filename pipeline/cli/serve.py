@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LOG = Path("runs/logs/serve.txt")
 ACCESS_LOG = Path("runs/logs/access.jsonl")
+DRAIN_SECONDS = 20.0  # for requests that are being answered
 
 
 def serve(
@@ -37,24 +38,27 @@ def serve(
     """Serve every registered champion over the OpenAI Images API.
 
     Further settings come from the environment (ECHODISTILL_SERVE_<NAME>). Ctrl-C stops it (exit
-    code 130), and so does SIGTERM (0).
+    code 130), and so does SIGTERM (exit code 0, for that is how a service ends).
     """
     output: Output = context.obj
     settings = _settings(host, port, base, tracking_uri)
-    from pipeline.services import local_ray, quiet_libraries
+    from pipeline.services import local_ray
     from serve.auth import read_keys
     from serve.endpoint import free_port, start
 
-    quiet_libraries()
     # What can be told at once is told before Ray starts.
     read_keys(settings)
     free_port(settings.host, settings.port)
     enough = threading.Event()
+    job = Interruptible(output)
+    # Nothing is lost when the start of a Ray of our own is cut short.
+    job.patience = DRAIN_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0
     output.say("starting Ray and the endpoint (half a minute)")
 
     def work() -> None:
         with local_ray(cpus=settings.replicas + 1, echo=output.debug):
             endpoint = start(settings)
+            job.patience = DRAIN_SECONDS
             try:
                 if not enough.is_set():
                     _announce(output, endpoint.url, settings)
@@ -64,7 +68,7 @@ def serve(
 
     try:
         with output.noise_to(LOG):
-            Interruptible(output).run(work, enough.set)
+            job.run(work, enough.set)
     except TerminatedError:
         output.say("stopped")
         raise typer.Exit(0) from None
@@ -78,7 +82,9 @@ def _settings(
 
     given: dict[str, Any] = {"host": host, "port": port}
     if tracking_uri or "ECHODISTILL_SERVE_TRACKING_URI" not in os.environ:
-        given["tracking_uri"] = tracking.tracking_uri(tracking_uri)
+        # Without a word about it there may be none yet: then the base is served.
+        find = tracking.registry_to_read if tracking_uri else tracking.tracking_uri
+        given["tracking_uri"] = find(tracking_uri)
     if base is not None and base != POCKET:
         from pipeline.base import own_base
 

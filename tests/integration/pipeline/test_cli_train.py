@@ -61,6 +61,10 @@ def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) ->
     assert run(*words, cwd=tmp_path).document["version"] == "1"
 
     refused(run("generate", "my-cat", "a cat", "--json", cwd=tmp_path), 2, "my-cat", "train it")
+    refused(run("generate", "my-dog@9", "a dog", "--json", cwd=tmp_path), 2, "version 9", "(1, 2)")
+    refused(run("generate", "My Dog", "a dog", "--json", cwd=tmp_path), 2, "such as my-dog")
+    nowhere = run("generate", "my-dog", "a dog", "-o", "/dev/null/x", "--json", cwd=tmp_path)
+    refused(nowhere, 2, "/dev/null/x can't be written")
     refused(run("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
 
 
@@ -103,6 +107,7 @@ def test_a_signal_to_all_its_processes_ends_everything(
         (["--set", "train.zero_stage=4"], ["train.zero_stage", "4"]),
         (["--spec", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--spec", "typo.yaml"], ["typo.yaml", "'los'", "'loss'"]),
+        (["--spec", "broken.yaml"], ["broken.yaml", "line 3, column 13"]),
         (["--set", "tracking.enabled=false"], ["tracking.enabled"]),
     ],
     ids=lambda value: "",
@@ -111,6 +116,7 @@ def test_a_wrong_setting_is_one_sentence(
     concepts: Path, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     (tmp_path / "typo.yaml").write_text("preset: pocket\nlos:\n  mse_weight: 2\n")
+    (tmp_path / "broken.yaml").write_text("seed: 1\ntrain: [1\n  iterations: 2\n")
     done = run("train", str(concepts), *arguments, "--json", cwd=tmp_path)
     refused(done, 2, *words)
     # Nothing was begun: the sentence comes before Ray.
@@ -122,5 +128,20 @@ def test_an_mlflow_server_that_is_away(tiny_base: Path, concepts: Path, tmp_path
         "train", str(concepts), "--base", str(tiny_base), *QUICK, "--json", cwd=tmp_path,
         MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
     )  # fmt: skip
-    refused(done, 3, "http://127.0.0.1:9")
+    refused(done, 3, "http://127.0.0.1:9 did not answer (connection refused)")
     assert "ray:" not in done.stderr
+
+
+def test_nothing_is_left_of_a_prefix_that_is_not_there(tmp_path: Path) -> None:
+    refused(run("train", "nowhere", "--json", cwd=tmp_path), 2, "nowhere")
+    assert not (tmp_path / "runs" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [("sqlite:///typo/x.db", "there is no registry at sqlite:///"), ("typo", "no MLflow server")],
+)
+def test_who_reads_a_registry_makes_none(tmp_path: Path, uri: str, words: str) -> None:
+    done = run("generate", "fox", "a fox", "--tracking-uri", uri, "--json", cwd=tmp_path)
+    refused(done, 2, words)
+    assert not list(tmp_path.glob("typo*"))

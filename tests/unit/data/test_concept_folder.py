@@ -285,6 +285,15 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert {item.id for item in check_prefix(str(tmp_path / "alias"))} == {"dog", "whole"}
 
 
+def test_a_folder_without_files_is_a_concept_without_images(tmp_path: Path) -> None:
+    concept_folder(tmp_path, "fox")
+    (tmp_path / "bare" / "deep").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    found = {one.id: one for one in check_prefix(str(tmp_path))}
+    assert found.keys() == {"bare", "fox"} and found["fox"].valid
+    assert found["bare"].problems == ("bare: has no images: add 1 to 64 photos (jpg, png or webp)",)
+
+
 def test_a_wrong_prefix_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat").mkdir()

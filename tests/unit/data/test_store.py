@@ -78,7 +78,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_cache_that_is_no_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(EchoDistillError, match="could not write"),
+        pytest.raises(EchoDistillError, match="can't be written"),
         ContentCache(tmp_path / "file").download(),
     ):
         raise AssertionError("no download starts")

@@ -58,6 +58,9 @@ def test_a_missing_package_names_the_extra_that_brings_it(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    registry = tmp_path / "runs" / "train" / "mlflow.db"
+    registry.parent.mkdir(parents=True)
+    registry.touch()
     for name in [name for name in sys.modules if name.split(".")[0] in {missing, "serve"}]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)

@@ -76,6 +76,7 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
     ("setting", "words"),
     [
         ("train.iteratons=5", ("'train.iteratons'", "--set", "did you mean 'train.iterations'")),
+        ("train.lr=1", ("did you mean 'train.teacher_lr'", "'train.student_lr'")),
         ("iterations=5", ("did you mean 'train.iterations'",)),
         ("loss.id_weigt=1", ("did you mean 'loss.id_weight'",)),
         ("base.teecher=a", ("did you mean 'base.teacher'",)),
@@ -88,7 +89,7 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         ("base=pockt", ("did you mean 'pocket'",)),
         ("train.head_lr=.nan", ("train.head_lr",)),
         ("nothing", ("key=value",)),
-        ("seed=[", ("not YAML",)),
+        ("seed=[", ("not YAML: line 1, column 2",)),
     ],
 )
 def test_one_sentence_names_the_key_and_where_it_stands(setting, words):
