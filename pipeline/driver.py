@@ -313,7 +313,8 @@ class Driver:
         if 0 <= tries < turn.attempt:
             self._fail(
                 turn,
-                f"the pack's process died {turn.attempt} times ({reason}): look at its node's memory",
+                f"the pack's process died {turn.attempt} times ({reason}): look at the memory "
+                "of its nodes",
             )
             return
         self._progress(Event("batch", self._batch.run_name(turn.pack), f"once more: {reason}"))

@@ -73,8 +73,9 @@ class ConceptState:
 
     @property
     def losses(self) -> str:
-        """Return the losses for a person."""
-        return " ".join(f"{name} {value:.3g}" for name, value in self.loss.items())
+        """Return the losses that tell a person most: the teacher's and the student's."""
+        shown = (name for name in ("rec", "mse") if name in self.loss)
+        return " ".join(f"{name} {self.loss[name]:.3g}" for name in shown)
 
     @property
     def over(self) -> bool:
@@ -200,7 +201,7 @@ def _left(one: ConceptState, state: BatchState, batch: Batch) -> ConceptState:
     if one.over:
         return one
     if state == "cancelled":
-        return replace(one, state="cancelled", note=f"echodistill retry {batch.id} goes on")
+        return replace(one, state="cancelled", note="")
     why = "its driver is gone" if state == "interrupted" else "its driver could not go on"
     return replace(
         one, state="interrupted", error=f"{why}: echodistill retry {batch.id} goes on where it was"

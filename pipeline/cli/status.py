@@ -102,6 +102,9 @@ def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
         if found.counts.get("failed"):
             again = f"echodistill retry {found.batch.uri} --failed   # tries the failed ones again"
             console.print(again, markup=False, soft_wrap=True)
+        elif found.over and found.state != "done":
+            again = f"echodistill retry {found.batch.uri}   # goes on where it was"
+            console.print(again, markup=False, soft_wrap=True)
         if found.error:
             console.print(f"error: {found.error}", markup=False, soft_wrap=True)
 
