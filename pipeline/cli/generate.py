@@ -24,7 +24,9 @@ def generate(
     ],
     prompt: Annotated[str, typer.Argument(help='Such as "a photo of a dog on the beach".')],
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the first picture; the next has one more.")
+        int,
+        # What JSON holds exactly: the endpoint takes no more either.
+        typer.Option(min=0, max=2**53 - 1, help="Of the first picture; the next has one more."),
     ] = 0,
     steps: Annotated[int, typer.Option(help="Network evaluations: 1, 2 or 4.")] = 1,
     n: Annotated[int, typer.Option("--n", "-n", help="How many pictures.")] = 1,
