@@ -43,8 +43,7 @@ def scratch_folder() -> Iterator[Path]:
             os.environ.pop("TMPDIR", None)
         else:
             os.environ["TMPDIR"] = variable
-        _kill(_inside(folder))
-        _remove(folder)
+        _clear(folder)
         _open.discard(folder)
 
 
@@ -54,8 +53,7 @@ def remove_leftovers() -> None:
 
     _kill(psutil.Process().children(recursive=True))
     for folder in list(_open):
-        _kill(_inside(folder))
-        _remove(folder)
+        _clear(folder)
 
 
 def services_died() -> bool:
@@ -101,10 +99,12 @@ def _kill(processes: list[psutil.Process]) -> None:
         time.sleep(0.05)
 
 
-def _remove(folder: Path) -> None:
-    # Processes that are ending write their last words for a moment.
+def _clear(folder: Path) -> None:
+    """Kill what runs in a folder and remove it, again while processes are still being born."""
     for _ in range(25):
+        inside = _inside(folder)
+        _kill(inside)
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        if not inside and not folder.exists():
             break
-        time.sleep(0.2)
+        time.sleep(0.1)

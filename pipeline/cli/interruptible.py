@@ -109,6 +109,8 @@ class Interruptible:
         if thread.is_alive():
             remove_leftovers()
             thread.join(HURRY_SECONDS)  # what waited for them goes on to its clean-up
+        if thread.is_alive():
+            remove_leftovers()  # what it made meanwhile, unaware of its end
 
 
 def abandoned() -> bool:
