@@ -53,9 +53,10 @@ def serve(
     job = Interruptible(output)
     # Nothing is lost when the start of a Ray of our own is cut short.
     job.patience = DRAIN_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0
-    output.say("starting Ray and the endpoint (half a minute)")
 
     def work() -> None:
+        # Said in here, where a signal is listened to.
+        output.say("starting Ray and the endpoint (half a minute)")
         with local_ray(cpus=settings.replicas + 1, echo=output.debug):
             endpoint = start(settings)
             job.patience = DRAIN_SECONDS

@@ -56,7 +56,7 @@ def test_ctrl_c_does_not_wait_for_the_start(tiny_base: Path, tmp_path: Path) -> 
     try:
         assert "starting" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 130, stderr
