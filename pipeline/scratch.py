@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import psutil
@@ -47,12 +49,28 @@ def scratch_folder() -> Iterator[Path]:
         _open.discard(folder)
 
 
-def remove_leftovers() -> None:
+def end_at_once(code: int) -> NoReturn:
+    """Become a process that kills what this one started, removes its scratch folders and exits.
+
+    A thread that hangs in a library ends so, even one that holds Python's lock until what it waits
+    for comes, or is dead for half a minute.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+            stream.flush()
+    # -P: the folder of this file is no place to import from.
+    folders = [str(folder) for folder in _open]
+    os.execv(sys.executable, [sys.executable, "-P", __file__, str(code), *folders])
+
+
+def _remove_leftovers(folders: Sequence[Path]) -> None:
     """Kill every process below this one and in its scratch folders; remove the folders."""
     import psutil
 
     _kill(psutil.Process().children(recursive=True))
-    for folder in list(_open):
+    for folder in folders:
         _clear(folder)
 
 
@@ -108,3 +126,8 @@ def _clear(folder: Path) -> None:
         if not inside and not folder.exists():
             break
         time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    _remove_leftovers([Path(name) for name in sys.argv[2:]])
+    sys.exit(int(sys.argv[1]))

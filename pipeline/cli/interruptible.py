@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TypeVar
 
 from pipeline.progress import Event, Progress
-from pipeline.scratch import remove_leftovers, services_died
+from pipeline.scratch import services_died
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,7 +54,7 @@ class Interruptible:
         On Ctrl-C or SIGTERM calls `stop`, again and again until the work is over (it may be in the
         middle of starting something), then raises KeyboardInterrupt. `stop` ends what the work may
         be waiting for and leaves the rest to it. Work that is not over after `patience` seconds is
-        left as it is: what it started is killed, its temporary files are removed (`abandoned`).
+        left as it is (`abandoned`).
         """
         results: list[T] = []
         errors: list[BaseException] = []
@@ -106,13 +106,8 @@ class Interruptible:
                 call.start()
             thread.join(0.5)
             self._listen()
-        if thread.is_alive():
-            remove_leftovers()
-            thread.join(HURRY_SECONDS)  # what waited for them goes on to its clean-up
-        if thread.is_alive():
-            remove_leftovers()  # what it made meanwhile, unaware of its end
 
 
 def abandoned() -> bool:
-    """Whether work goes on that nobody waits for: only `os._exit` ends such a process for sure."""
+    """Whether work goes on that nobody waits for; `end_at_once` ends it and what it started."""
     return any(thread.name == THREAD for thread in threading.enumerate())

@@ -7,7 +7,6 @@ needs its own extra and no other.
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from typer.exceptions import TyperException
 from pipeline.cli import bench, check, compare, demo, generate, serve, status, submit, train
 from pipeline.cli.interruptible import TerminatedError, abandoned
 from pipeline.cli.output import Output
+from pipeline.scratch import end_at_once
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -145,7 +145,7 @@ def main() -> None:
     except BrokenPipeError:
         code = code or OK
     if abandoned():
-        os._exit(code)
+        end_at_once(code)
     sys.exit(code)
 
 

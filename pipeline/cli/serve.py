@@ -51,16 +51,13 @@ def serve(
     free_port(settings.host, settings.port)
     enough = threading.Event()
     job = Interruptible(output)
+    # Nothing is lost when the start of a Ray of our own is cut short.
+    job.patience = DRAIN_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0
 
     def work() -> None:
         # Said in here, where a signal is listened to.
         output.say("starting Ray and the endpoint (half a minute)")
         with local_ray(cpus=settings.replicas + 1, echo=output.debug):
-            # Ray itself starts in a few seconds, and holds every thread when it is killed then.
-            if enough.is_set():
-                return
-            # Nothing is lost when what follows is cut short, on a Ray of our own.
-            job.patience = DRAIN_SECONDS if os.environ.get("RAY_ADDRESS") else 0.0
             endpoint = start(settings)
             job.patience = DRAIN_SECONDS
             try:

@@ -1,8 +1,10 @@
 """Work that signals end: its result, its error, and its clean-up."""
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,6 @@ import pytest
 from pipeline.cli import interruptible
 from pipeline.cli.interruptible import Interruptible, TerminatedError, abandoned
 from pipeline.progress import Event, silent
-from pipeline.scratch import scratch_folder
 
 
 def test_what_the_work_returns_or_raises_comes_out() -> None:
@@ -66,54 +67,74 @@ def test_work_that_only_reports_is_ended_at_its_next_report() -> None:
     assert 4 <= len(heard) < 20
 
 
-def test_a_process_that_will_not_end_is_killed() -> None:
-    cleaned: list[int | None] = []
+def test_work_that_will_not_end_is_left_even_when_stopping_it_hangs() -> None:
+    never = threading.Event()
 
     def work() -> None:
-        child = subprocess.Popen(["sleep", "600"])
-        os.kill(os.getpid(), signal.SIGINT)
-        cleaned.append(child.wait())
+        os.kill(os.getpid(), signal.SIGTERM)
+        never.wait()
+
+    def stop() -> None:
+        never.wait()
 
     job = Interruptible(silent)
     job.patience = 0.2
-    with pytest.raises(KeyboardInterrupt):
-        job.run(work, lambda: None)
-    assert cleaned == [-signal.SIGKILL]
-
-
-def test_work_that_waits_for_what_died_is_left_and_its_scratch_removed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(interruptible, "HURRY_SECONDS", 0.2)
-    folders: list[Path] = []
-    orphans: list[int] = []
-    never = threading.Event()
-    blocked = threading.Event()  # stops that hang do not keep anybody
-
-    def work() -> None:
-        with scratch_folder() as folder:
-            folders.append(folder)
-            words = "sleep 600 & echo $!; exec sleep 600"
-            child = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE, text=True)
-            assert child.stdout is not None
-            orphans.append(int(child.stdout.readline()))
-            child.kill()  # as a signal to the whole group does
-            os.kill(os.getpid(), signal.SIGTERM)
-            never.wait()
-
-    job = Interruptible(silent)
-    job.patience = 600.0
     try:
         with pytest.raises(TerminatedError):
-            job.run(work, lambda: (blocked.wait(), None)[1])
+            job.run(work, stop)
         assert abandoned()
-        assert not folders[0].exists()
-        assert not psutil.pid_exists(orphans[0]) or (
-            psutil.Process(orphans[0]).status() == psutil.STATUS_ZOMBIE
-        )
     finally:
         never.set()
-        blocked.set()
-    while abandoned():  # the work ends, and gives the temporary folder back
-        time.sleep(0.01)
-    assert "TMPDIR" not in os.environ or os.environ["TMPDIR"] != str(folders[0])
+
+
+def test_services_that_died_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptible, "HURRY_SECONDS", 0.2)
+    never = threading.Event()
+
+    def work() -> None:
+        subprocess.Popen(["sleep", "600"]).kill()  # as a signal to the whole group does
+        os.kill(os.getpid(), signal.SIGINT)
+        never.wait()
+
+    job = Interruptible(silent)
+    job.patience = 3600.0
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job.run(work, lambda: None)
+    finally:
+        never.set()
+
+
+HANGS = """
+import subprocess, threading
+from pipeline.scratch import end_at_once, scratch_folder
+
+def work():
+    with scratch_folder() as folder:
+        words = "sleep 600 & echo $!; exec sleep 600"
+        child = subprocess.Popen(["sh", "-c", words], stdout=subprocess.PIPE, text=True)
+        orphan = child.stdout.readline().strip()
+        child.kill()
+        child.wait()
+        other = subprocess.Popen(["sleep", "600"])
+        print(folder, orphan, other.pid, flush=True)
+        begun.set()
+        threading.Event().wait()
+
+begun = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+end_at_once(130)
+"""
+
+
+def test_the_end_at_once_leaves_no_process_and_no_file() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    folder, *processes = done.stdout.split()
+    assert not Path(folder).exists()
+    for number in map(int, processes):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert psutil.Process(number).status() == psutil.STATUS_ZOMBIE
