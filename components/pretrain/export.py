@@ -65,7 +65,6 @@ def write_layout(tokenizer_folder: Path, out: Path) -> None:
         for part in ("vae", "text_encoder", "tokenizer"):  # the teacher's serve both
             shutil.rmtree(work / "student" / part)
         clip.save_pretrained(work / "clip")
-        tokenizer.save_pretrained(work / "clip")
         networks.vit().save_pretrained(work / "dino")
         for folder, kind in (("clip", "CLIPImageProcessor"), ("dino", "ViTImageProcessor")):
             write_text(

@@ -83,6 +83,8 @@ def _unpack_to(root: Path) -> None:
     work = Path(tempfile.mkdtemp(prefix=".pocket-", dir=root.parent))
     try:
         _copy_layout(work)
+        for path in (work / "teacher" / "tokenizer").iterdir():  # the CLIP tower has the same one
+            shutil.copyfile(path, work / "clip" / path.name)
         _write(work / "teacher" / "unet" / _UNET, _stored("teacher"))
         _write(work / "student" / "unet" / _UNET, _stored("student"))
         _write(work / "teacher" / "vae" / _UNET, _stored("vae"))
