@@ -90,9 +90,11 @@ def test_work_that_will_not_end_is_left_even_when_stopping_it_hangs() -> None:
 def test_services_that_died_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruptible, "HURRY_SECONDS", 0.2)
     never = threading.Event()
+    services: list[subprocess.Popen[bytes]] = []  # who forgets one may take its exit status
 
     def work() -> None:
-        subprocess.Popen(["sleep", "600"]).kill()  # as a signal to the whole group does
+        services.append(subprocess.Popen(["sleep", "600"]))
+        services[0].kill()  # as a signal to the whole group does
         os.kill(os.getpid(), signal.SIGINT)
         never.wait()
 
@@ -103,6 +105,7 @@ def test_services_that_died_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
             job.run(work, lambda: None)
     finally:
         never.set()
+        services[0].wait()
 
 
 HANGS = """
