@@ -130,14 +130,14 @@ def _read_s3(uri: str) -> Document | None:
     from botocore.exceptions import ClientError
 
     bucket, key = s3.parse(uri)
-    with s3._plain_errors(uri):
-        try:
-            answer = s3.client().get_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _MISSING:
-                return None
-            raise
-        return Document(_parse(answer["Body"].read(), uri), answer["ETag"].strip('"'))
+    try:
+        data, etag = s3.read(bucket, key)
+    except InputError as error:
+        cause = error.__cause__
+        if isinstance(cause, ClientError) and _code(cause) in _MISSING:
+            return None
+        raise
+    return Document(_parse(data, uri), etag)
 
 
 def _write_s3(uri: str, data: bytes, expected: str | None) -> str | None:
@@ -152,14 +152,31 @@ def _write_s3(uri: str, data: bytes, expected: str | None) -> str | None:
         try:
             answer = s3.client().put_object(**request, **condition)
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
+            code = _code(error)
             gone = bool(expected) and code in _MISSING
             if condition and (code in _REFUSED or gone):
-                return None
+                retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+                return _own_tag(bucket, key, data) if retried else None
             if not (condition and code in _UNABLE):
                 raise
             answer = s3.client().put_object(**request)
         return str(answer["ETag"]).strip('"')
+
+
+def _own_tag(bucket: str, key: str, data: bytes) -> str | None:
+    """Return the tag of what is there if it is what was to be written.
+
+    An answer may get lost: boto then asks again and is refused by what its own first try wrote.
+    """
+    try:
+        there, tag = s3.read(bucket, key)
+    except InputError:  # it is gone
+        return None
+    return tag if there == data else None
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _write_local(path: Path, data: bytes, expected: str | None) -> str | None:

@@ -11,11 +11,11 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from components.ingest.cache import disk_error
 from model.errors import InputError, ServiceError
@@ -25,6 +25,7 @@ READ_SECONDS = 30
 REQUEST_ATTEMPTS = 4  # boto's, with exponential backoff, for errors before a body
 BODY_ATTEMPTS = 4  # ours, for bodies that break off or arrive changed
 SHA256_METADATA = "sha256"
+T = TypeVar("T")
 _CHUNK = 1 << 20
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _DENIED = {
@@ -193,6 +194,22 @@ def has_any(bucket: str, key: str) -> bool:
         return bool(answer.get("Contents"))
 
 
+def read(bucket: str, key: str) -> tuple[bytes, str]:
+    """Return a small object's bytes and its ETag; a body that breaks off is read again."""
+    what = f"s3://{bucket}/{key}"
+
+    def once() -> tuple[bytes, str]:
+        answer = client().get_object(Bucket=bucket, Key=key)
+        data, etag = b"".join(_body(answer["Body"])), answer["ETag"].strip('"')
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        _verify(
+            answer, answer["ContentLength"], len(data), hashlib.sha256(data).hexdigest(), md5, etag
+        )
+        return data, etag
+
+    return _whole(once, what)
+
+
 def download(bucket: str, key: str, target: Path, *, size: int, etag: str | None) -> str:
     """Write an object into ``target`` and return its sha256.
 
@@ -200,19 +217,26 @@ def download(bucket: str, key: str, target: Path, *, size: int, etag: str | None
     plain upload (an md5), our own ``sha256`` metadata, and S3's checksums, which boto
     checks. A body that breaks off or differs is read again, then refused (InputError).
     """
-    what = f"s3://{bucket}/{key}"
+    try:
+        return _whole(
+            lambda: _download_once(bucket, key, target, size, etag), f"s3://{bucket}/{key}"
+        )
+    except OSError as error:
+        raise disk_error(error, target) from error
+
+
+def _whole(once: Callable[[], T], what: str) -> T:
+    """Read a body, again when it arrives broken."""
     for attempt in range(1, BODY_ATTEMPTS + 1):
         try:
             with _plain_errors(what):
-                return _download_once(bucket, key, target, size, etag)
+                return once()
         except _BrokenBodyError as error:
             if attempt == BODY_ATTEMPTS:
                 raise InputError(
                     f"{what} arrived damaged {BODY_ATTEMPTS} times ({error}): upload it again"
                 ) from error
             time.sleep(0.1 * 2**attempt)
-        except OSError as error:
-            raise disk_error(error, target) from error
     raise AssertionError("unreachable")
 
 

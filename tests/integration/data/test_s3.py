@@ -17,7 +17,7 @@ from components.ingest.concept_folder import check_prefix, load_images
 from model.base_pair import BasePair, load_base_pair
 from model.errors import InputError, ServiceError
 from tests.conftest import S3Bucket
-from tests.integration.data.faulty_proxy import Faults, faulty_proxy
+from tests.faults import Faults, faulty_proxy
 from tests.integration.data.fetching import fetch_and_hash
 from tests.tiny import TinyPaths
 from tests.unit.data.pictures import concept_folder, encoded, photo
@@ -95,7 +95,9 @@ def test_a_fetch_is_cached_by_content_and_renewed_when_the_object_changes(
     assert not list(cache.rglob(".part-*"))
 
 
-@pytest.mark.parametrize("plan", [["cut"], ["flip"], ["503"], ["cut", "503", "flip"]])
+@pytest.mark.parametrize(
+    "plan", [["cut"], ["flip"], ["503"], ["slow"], ["drop"], ["cut", "slow", "flip"]]
+)
 def test_a_fault_on_the_way_is_healed(
     s3_bucket: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_fault_on_the_way_is_healed(
     data = encoded(photo())
     (tmp_path / "in" / "a.jpg").write_bytes(data)
     store.put_folder(tmp_path / "in", f"{s3_bucket.uri}/p")
+    monkeypatch.setattr(s3, "READ_SECONDS", 0.3)
     faults = Faults(plan=list(plan))
     with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import InputError
+from components.ingest import s3
+from model.errors import InputError, ServiceError
 from pipeline import documents
+from pipeline.claims import LEASE, Claims, Lease
 from tests.conftest import S3Bucket
+from tests.faults import Faults, everything, faulty_proxy
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -68,3 +71,52 @@ def test_what_is_not_json_is_told(place: str, tmp_path: Path) -> None:
     broken.write_text("{")
     with pytest.raises(InputError, match=r"broken\.json is not JSON"):
         documents.read(str(broken))
+
+
+@pytest.mark.parametrize("fault", ["503", "slow", "drop", "lose", "cut", "late"])
+def test_no_fault_on_the_way_loses_or_doubles_a_write(
+    fault: str, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "READ_SECONDS", 0.3)
+    faults = Faults(only=everything, late_seconds=1.0)
+    with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        uri = f"{s3_bucket.uri}/x/a.json"
+        faults.plan = [fault]
+        first = documents.write(uri, "first", documents.ABSENT)
+        assert first, "nobody else has written"
+        faults.plan = [fault]
+        second = documents.write(uri, "second", first)
+        faults.plan = [fault]
+        assert second and documents.write(uri, "late", first) is None
+        faults.plan = [fault]
+        assert documents.read(uri) == documents.Document("second", second)
+        faults.plan = [fault]
+        assert set(documents.read_folder(f"{s3_bucket.uri}/x")) == {"a"}
+        # A driver takes its batch and its claims in spite of it.
+        faults.plan = ["ok", fault]
+        lease = Lease(f"{s3_bucket.uri}/b", "job")
+        faults.plan = ["ok", fault]
+        assert Claims(s3_bucket.uri, lease).take("digest", "run")
+        faults.plan = [fault]
+        lease.end("done")
+        there = documents.read(f"{s3_bucket.uri}/b/{LEASE}")
+        assert there is not None and there.value["ended"] == "done"
+    assert faults.done[fault] >= 7 and not faults.plan
+
+
+def test_a_store_that_stays_away_is_one_sentence(
+    s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "REQUEST_ATTEMPTS", 2)
+    for kind, said in (
+        ("slow", "S3 keeps answering SlowDown: try later"),
+        ("drop", "out of reach"),
+    ):
+        faults = Faults(plan=[kind] * 9, only=everything)
+        with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+            for ask in (documents.read, lambda uri: documents.write(uri, 1, documents.ABSENT)):
+                with pytest.raises(ServiceError, match=said) as caught:
+                    ask(f"{s3_bucket.uri}/a.json")
+                assert "\n" not in str(caught.value)
