@@ -1,19 +1,21 @@
 """MLflow tracking of a training run, from one thread that training never waits for.
 
 What is to be logged goes into a queue. When the tracking server is away the queue's head is tried
-again until it is back; training goes on meanwhile. At the end the queue gets a bounded time.
+again until it is back; training goes on meanwhile. What the queue holds goes into each checkpoint
+(see `components/train/delivery.py`), so that nothing is lost with the worker or at the end.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,15 @@ import torch
 from PIL import Image
 
 from components.ingest import store
+from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
+from components.train.delivery import Delivery, Entry, TrackingSettings, is_hopeless
 
-RUN_KEY_TAG = "echodistill.run_key"
-CONCEPT_TAG = "echodistill.concept"
-_BATCH = 1000  # MLflow takes at most so many metrics in one call
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 20.0  # seconds between two tries
-_HOPELESS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+_LAST_SECONDS = 60.0  # that the queue gets at the end, and when the last try failed:
+_LAST_SECONDS_AWAY = 3.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """Where runs are tracked: an absolute MLflow tracking URI and the experiment's name."""
-
-    uri: str
-    experiment: str
 
 
 def resolve_tracking(spec: RunSpec) -> TrackingSettings | None:
@@ -65,98 +59,106 @@ class Tracker:
     same ones.
     """
 
-    def __init__(self, settings: TrackingSettings, run_name: str) -> None:
-        """Start the thread; `run_name` is the training run's."""
+    def __init__(
+        self, settings: TrackingSettings, run_name: str, unlogged: Iterable[Entry] = ()
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            settings: where to log.
+            run_name: the training run's.
+            unlogged: what an earlier worker of the run could not deliver.
+        """
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-        self._settings = settings
+        self._uri = settings.uri
         self._run_name = run_name
-        self._runs: dict[str, str] = {}
-        self._client: Any = None
-        self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
+        self._delivery = Delivery(settings)
+        # The adapter, and the end, come anew from the one that goes on.
+        self._entries = deque(e for e in unlogged if e["what"] not in ("folder", "end"))
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._warned = False
+        self._away = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     def start(self, concept_id: str, params: Mapping[str, Any], spec_text: str) -> None:
         """Make or find the concept's run; log parameters and the resolved spec."""
-        self._add("start", lambda: self._start(concept_id, params, spec_text))
+        plain = {name: str(value) for name, value in params.items()}
+        self._add("start", concept_id, params=plain, spec=spec_text)
+
+    def log_dataset(self, concept: Concept) -> None:
+        """Log which photos the concept's run is trained on."""
+        self._add("dataset", concept.id, facts=asdict(concept))
 
     def log(self, concept_id: str, values: Mapping[int, Mapping[str, float]]) -> None:
         """Log metrics by iteration and name."""
         moment = int(time.time() * 1000)
-        self._add("metrics", lambda: self._log(concept_id, values, moment))
+        rows = [(iteration, dict(row)) for iteration, row in values.items()]
+        self._add("metrics", concept_id, rows=rows, moment=moment)
 
     def log_picture(self, concept_id: str, name: str, picture: torch.Tensor) -> None:
         """Log a uint8 picture [3, H, W] as the artifact `name`, e.g. samples/000100.png."""
-        data = png(picture)
-
-        def send() -> None:
-            image = Image.open(io.BytesIO(data))
-            self._api().log_image(self._runs[concept_id], image, artifact_file=name)
-
-        self._add("picture", send)
+        self._add("picture", concept_id, name=name, png=base64.b64encode(png(picture)).decode())
 
     def log_folder(self, concept_id: str, folder: Path, name: str) -> None:
         """Log a folder as the artifact folder `name`; it must stay there until `close`."""
-        self._add(
-            "folder",
-            lambda: self._api().log_artifacts(self._runs[concept_id], str(folder), name),
-        )
+        self._add("folder", concept_id, folder=str(folder), name=name)
 
     def finish(self, concept_id: str, error: str | None) -> None:
         """End the concept's run, as failed when there is an error."""
+        self._add("end", concept_id, error=error)
 
-        def end() -> None:
-            run_id = self._runs[concept_id]
-            if error is not None:
-                self._api().set_tag(run_id, "echodistill.error", error[:5000])
-            self._api().set_terminated(run_id, "FINISHED" if error is None else "FAILED")
+    def unlogged(self) -> list[Entry]:
+        """Return what is not delivered yet, in order."""
+        with self._changed:
+            return list(self._entries)
 
-        self._add("end", end)
-
-    def close(self, seconds: float = 60.0) -> dict[str, str]:
+    def close(self, seconds: float | None = None) -> dict[str, str]:
         """Give the queue so many seconds at most; return the MLflow run ids by concept."""
+        if seconds is None:
+            seconds = _LAST_SECONDS_AWAY if self._away else _LAST_SECONDS
         with self._changed:
             self._deadline = time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds + 1.0)
-        if self._jobs or self._thread.is_alive():
+        left = len(self.unlogged())
+        if left:
             log.warning(
-                "tracking at %s stayed away: %d entries were not logged",
-                self._settings.uri,
-                max(1, len(self._jobs)),
+                "tracking at %s stayed away: %d entries are kept in the checkpoint", self._uri, left
             )
-        return dict(self._runs)
+        return dict(self._delivery.runs)
 
-    def _add(self, what: str, job: Callable[[], None]) -> None:
+    def _add(self, what: str, concept_id: str, **facts: Any) -> None:
+        entry = {"what": what, "run": self._run_name, "concept": concept_id, **facts}
         with self._changed:
-            self._jobs.append((what, job))
+            self._entries.append(entry)
             self._changed.notify()
 
     def _work(self) -> None:
         wait = _FIRST_WAIT
         while True:
             with self._changed:
-                while not self._jobs and self._deadline is None:
+                while not self._entries and self._deadline is None:
                     self._changed.wait()
-                if not self._jobs or self._is_late():
+                if not self._entries or self._is_late():
                     return
-                what, job = self._jobs[0]
+                entry = self._entries[0]
             try:
-                job()
+                self._delivery.deliver(entry)
+                self._away = False
             except Exception as error:  # whatever goes wrong with tracking, training goes on
-                if not self._is_hopeless(what, error):
+                if not self._leave_out(entry["what"], error):
+                    self._away = True
                     with self._changed:
                         self._changed.wait(min(wait, self._seconds_left()))
                     wait = min(2 * wait, _LONGEST_WAIT)
                     continue
             wait = _FIRST_WAIT
             with self._changed:
-                self._jobs.popleft()
+                self._entries.popleft()
 
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
@@ -164,68 +166,14 @@ class Tracker:
     def _seconds_left(self) -> float:
         return _LONGEST_WAIT if self._deadline is None else self._deadline - time.monotonic()
 
-    def _is_hopeless(self, what: str, error: Exception) -> bool:
+    def _leave_out(self, what: str, error: Exception) -> bool:
         """Warn, and tell whether trying the same again can't help."""
-        hopeless = getattr(error, "error_code", None) in _HOPELESS or isinstance(error, KeyError)
+        hopeless = is_hopeless(error)
         if hopeless or not self._warned:
             then = "this entry is left out" if hopeless else "training goes on, trying again"
             log.warning("tracking (%s) failed: %s; %s", what, _first_line(error), then)
             self._warned = True
         return hopeless
-
-    def _api(self) -> Any:
-        if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(self._settings.uri, self._settings.uri)
-        return self._client
-
-    def _start(self, concept_id: str, params: Mapping[str, Any], spec_text: str) -> None:
-        api = self._api()
-        experiment = self._experiment()
-        key = f"{self._run_name}/{concept_id}"
-        found = api.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
-        if found:
-            run = found[0]
-            api.update_run(run.info.run_id, status="RUNNING")
-        else:
-            tags = {RUN_KEY_TAG: key, CONCEPT_TAG: concept_id}
-            run = api.create_run(experiment, run_name=f"{concept_id}", tags=tags)
-        from mlflow.entities import Param
-
-        known = run.data.params
-        fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
-        api.log_batch(run.info.run_id, params=fresh)
-        api.log_text(run.info.run_id, spec_text, "spec.yaml")
-        self._runs[concept_id] = run.info.run_id
-
-    def _experiment(self) -> str:
-        api, name = self._api(), self._settings.experiment
-        found = api.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(api.create_experiment(name, artifact_location=self._artifacts()))
-            except Exception:
-                found = api.get_experiment_by_name(name)  # another process made it just now
-                if found is None:
-                    raise
-        return str(found.experiment_id)
-
-    def _artifacts(self) -> str | None:
-        """Say where a SQLite file's artifacts go: beside it, not into the worker's folder."""
-        scheme, _, path = self._settings.uri.partition(":///")
-        return str(Path(path).parent / "mlartifacts") if scheme == "sqlite" else None
-
-    def _log(self, concept_id: str, values: Mapping[int, Mapping[str, float]], moment: int) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(name, float(value), moment, iteration)
-            for iteration, row in values.items()
-            for name, value in row.items()
-        ]
-        for start in range(0, len(metrics), _BATCH):
-            self._api().log_batch(self._runs[concept_id], metrics=metrics[start : start + _BATCH])
 
 
 def png(picture: torch.Tensor) -> bytes:
