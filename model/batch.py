@@ -29,6 +29,23 @@ class EchoSample:
 
 
 @dataclass(frozen=True, eq=False)
+class KnownView:
+    """A reference view that the frozen networks have seen: all that training asks of it.
+
+    Attributes:
+        latents: `z` of its picture [c, h, w], float32.
+        features: pooled features [d_k], one tensor a discriminator's backbone.
+        mask: [1, h, w], 1 where the loss counts.
+        prompt: its prompt.
+    """
+
+    latents: torch.Tensor
+    features: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
 class ConceptData:
     """What training sees of a concept.
 
@@ -37,12 +54,16 @@ class ConceptData:
         text: its words.
         images: prepared reference images, uint8 [3, s, s].
         echo: student samples that joined them.
+        known_views: its bank of views, when that was filled (`model.view_bank`); else empty.
+        known_echo: `echo`, encoded with the bank; else empty.
     """
 
     id: str
     text: ConceptText
     images: tuple[torch.Tensor, ...]
     echo: tuple[EchoSample, ...] = ()
+    known_views: tuple[KnownView, ...] = ()
+    known_echo: tuple[KnownView, ...] = ()
 
     @classmethod
     def build(
@@ -63,7 +84,7 @@ class Batch:
 
     Attributes:
         concept: [R] long, on the CPU.
-        images: `x` [R, 3, S, S] in [-1, 1].
+        images: `x` [R, 3, S, S] in [-1, 1]; empty [0, 3, S, S] when all of them are `known`.
         masks: `m` [R, 1, h, w].
         texts: `y`, R prompts.
         prompts: the same, tokenized.
@@ -72,6 +93,8 @@ class Batch:
         t_align: [R] long, `t'`.
         directions: MS-SWD's [N, P, 3, k, k], or None when it is not used.
         n: N, the number of concepts.
+        known: what the frozen networks made of `x` before, or None: latents [R, c, h, w], and
+            pooled features [R, d_k], one tensor a backbone.
     """
 
     concept: torch.Tensor
@@ -84,6 +107,7 @@ class Batch:
     t_align: torch.Tensor
     directions: torch.Tensor | None
     n: int
+    known: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
 
 def draw_batch(
@@ -122,7 +146,10 @@ def draw_batch(
     def gen(c: ConceptData, purpose: str, item: int = 0) -> torch.Generator:
         return generator(seed, c.id, iteration, purpose, item)
 
-    drawn = [_draw_item(c, pair, gen(c, "view", i), views, echo) for c, i in keys]
+    drawn = [_draw_item(c, pair, seed, gen(c, "view", i), views, echo) for c, i in keys]
+    seen = [view for view in drawn if isinstance(view, KnownView)]
+    pictures = [view.image for view in drawn if isinstance(view, View)]
+    assert not seen or not pictures, "a bank is filled for the whole pack, echo samples included"
     prompts = [
         tokenize(pair.tokenizer, [view.prompt], [c.text.token])
         for (c, _), view in zip(keys, drawn, strict=True)
@@ -137,7 +164,7 @@ def draw_batch(
         directions = unit_directions(raw).to(pair.device)
     return Batch(
         concept=concept,
-        images=torch.stack([view.image for view in drawn]).to(pair.device),
+        images=_stacked_pictures(pictures, pair),
         masks=torch.stack([view.mask for view in drawn]).to(pair.device),
         texts=tuple(view.prompt for view in drawn),
         prompts=cat(prompts).to(pair.device),
@@ -146,23 +173,64 @@ def draw_batch(
         t_align=torch.tensor(t_align, device=pair.device),
         directions=directions,
         n=len(concepts),
+        known=_stacked_known(seen) if seen else None,
     )
+
+
+def bank_view(
+    concept: ConceptData, pair: BasePair, seed: int, views: ViewSettings, place: int
+) -> View:
+    """Draw the view at a place of a concept's bank; the images take turns."""
+    gen = generator(seed, concept.id, 0, "bank", place)
+    return _view(concept, pair, place % len(concept.images), views, gen)
+
+
+def echo_view(sample: EchoSample, pair: BasePair) -> View:
+    """Give a student sample as a view: as it is, all of it counts."""
+    _, height, width = pair.latent_shape
+    return View(sample.image.float() / 127.5 - 1, torch.ones(1, height, width), sample.prompt)
 
 
 def _draw_item(
     concept: ConceptData,
     pair: BasePair,
+    seed: int,
     gen: torch.Generator,
     views: ViewSettings,
     echo: EchoSettings,
-) -> View:
+) -> View | KnownView:
     """Draw what one item shows: a view of a reference image, or a student sample as it is."""
     if concept.echo and uniform(gen) < echo.share:
-        sample = concept.echo[integer(0, len(concept.echo) - 1, gen)]
-        _, height, width = pair.latent_shape
-        mask = torch.ones(1, height, width)
-        return View(sample.image.float() / 127.5 - 1, mask, sample.prompt)
-    index = integer(0, len(concept.images) - 1, gen)
+        place = integer(0, len(concept.echo) - 1, gen)
+        return (
+            concept.known_echo[place]
+            if concept.known_echo
+            else echo_view(concept.echo[place], pair)
+        )
+    if views.bank is not None:
+        place = integer(0, views.bank - 1, gen)
+        if concept.known_views:
+            return concept.known_views[place]
+        return bank_view(concept, pair, seed, views, place)
+    return _view(concept, pair, integer(0, len(concept.images) - 1, gen), views, gen)
+
+
+def _view(
+    concept: ConceptData, pair: BasePair, index: int, views: ViewSettings, gen: torch.Generator
+) -> View:
     caption = concept.text.caption(index)
     image, text = concept.images[index], concept.text
     return draw_view(image, text, pair.resolution, views, gen, factor=pair.factor, caption=caption)
+
+
+def _stacked_pictures(pictures: Sequence[torch.Tensor], pair: BasePair) -> torch.Tensor:
+    if not pictures:
+        return torch.empty(0, 3, pair.resolution, pair.resolution, device=pair.device)
+    return torch.stack(list(pictures)).to(pair.device)
+
+
+def _stacked_known(
+    seen: Sequence[KnownView],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    features = zip(*(view.features for view in seen), strict=True)
+    return torch.stack([v.latents for v in seen]), tuple(torch.stack(each) for each in features)

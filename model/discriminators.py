@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 
 from model.base_pair import freeze, load_part
@@ -53,6 +54,7 @@ class Backbone:
         mode: interpolation, `bicubic`, `bilinear` or `nearest`.
         mean: [3] of the input's normalisation, in parts of 1.
         std: [3].
+        recomputed: in the backward pass, so that no activations are kept until then.
     """
 
     name: str
@@ -62,9 +64,15 @@ class Backbone:
     mode: str
     mean: torch.Tensor
     std: torch.Tensor
+    recomputed: bool = False
 
     def __call__(self, images: torch.Tensor) -> Features:
         """Compute all features of images [R, 3, H, W] in [-1, 1], of any size."""
+        if self.recomputed and images.requires_grad:
+            return checkpoint(self._features, images, use_reentrant=False)
+        return self._features(images)
+
+    def _features(self, images: torch.Tensor) -> Features:
         pixels = self.preprocess(images)
         options: dict[str, Any] = {"output_hidden_states": True}
         own = self.network.config.image_size  # type: ignore[union-attr]

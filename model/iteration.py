@@ -114,7 +114,7 @@ def teacher_loss(
     """
     pair, schedule = frozen.pair, frozen.pair.teacher_schedule
     with torch.no_grad():
-        z0 = pair.encode_images(batch.images)
+        z0 = pair.encode_images(batch.images) if batch.known is None else batch.known[0]
     z_t = schedule.add_noise(z0, batch.noise, batch.t)
     text_states, kv = teacher(pair.text_encoder, batch.prompts, batch.concept)
     prediction = pair.denoise(pair.teacher, z_t, batch.t, kv)
@@ -202,8 +202,11 @@ def discriminator_loss(
     fake_features: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Item 5: the heads tell the reference views from the student's pictures: `L_D` [N]."""
-    with torch.no_grad():
-        reals = [backbone.features(batch.images) for backbone in frozen.backbones]
+    if batch.known is None:
+        with torch.no_grad():
+            reals = [backbone.features(batch.images) for backbone in frozen.backbones]
+    else:
+        reals = list(batch.known[1])
     real, fake = heads(reals, batch.concept), heads(fake_features, batch.concept)
     return per_concept_mean(losses.discriminator(real, fake), batch.concept, batch.n)
 

@@ -90,6 +90,8 @@ class ViewSettings:
             empty canvas; otherwise it is scaled to `crop_min`..`crop_max` and cropped.
         far_below: a scale under this adds "far away" words to the prompt.
         scale_words: whether the prompt says how large the subject is.
+        bank: so many views a concept, drawn once and encoded once, among which every item chooses;
+            None draws every item's view anew. Faster, and ours: METHOD.md's views are endless.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
@@ -101,9 +103,12 @@ class ViewSettings:
     crop_max: float = 1.4
     far_below: float = 0.6
     scale_words: bool = True
+    bank: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing (ValueError)."""
+        if self.bank is not None:
+            _check(self, 1, 65536, "bank")
         _check(self, 0, 1, "flip", "paste_probability", "far_below")
         _check(self, 0.1, 1, "paste_min")
         _check(self, 1, 4, "crop_min", "crop_max")
