@@ -105,6 +105,16 @@ class GateSpec(_Section):
     max_drop: float = Field(default=0.02, ge=0, le=2)
 
 
+class CostSpec(_Section):
+    """What training costs: the price of one GPU for an hour, in any currency; None: not told."""
+
+    gpu_hour: float | None = Field(default=None, ge=0)
+
+    def of(self, gpu_seconds: float) -> float | None:
+        """Return what so many seconds of one GPU cost, or None without a price."""
+        return None if self.gpu_hour is None else gpu_seconds * self.gpu_hour / 3600
+
+
 class RunSpec(_Section):
     """Everything about a run. `batch_size` is the global batch a concept, over all workers."""
 
@@ -121,6 +131,7 @@ class RunSpec(_Section):
     tracking: TrackingSpec = TrackingSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     gate: GateSpec = GateSpec()
+    cost: CostSpec = CostSpec()
 
     @field_validator("base", mode="before")
     @classmethod
@@ -129,7 +140,7 @@ class RunSpec(_Section):
 
 
 # What moves no weight: where and on what a run goes, and what is done with its result.
-_NO_EFFECT = ("pack", "tracking", "evaluate", "gate")
+_NO_EFFECT = ("pack", "tracking", "evaluate", "gate", "cost")
 _NO_EFFECT_TRAIN = (
     "zero_stage",
     "workers",

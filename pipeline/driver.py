@@ -30,7 +30,7 @@ from pipeline.claims import Claim, Claims, Lease
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.progress import Event, Progress
 from pipeline.run import ConceptResult, already_note, from_version
-from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states
+from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states, state_of
 from pipeline.tracking import tracking_uri
 
 LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
@@ -175,7 +175,7 @@ class Driver:
                 continue
             result = from_version(self._concepts[name], version, "already", already_note(version))
             reigns = champion == version.version
-            facts[name] = as_facts(_state_of(replace(result, promoted=reigns), name))
+            facts[name] = as_facts(state_of(replace(result, promoted=reigns)))
         return facts
 
     def _launch(self) -> None:
@@ -289,7 +289,7 @@ class Driver:
 
     def _settle(self, pack: int, result: ConceptResult) -> None:
         before = self._states[result.id]
-        state = _state_of(result, result.id)
+        state = state_of(result)
         self._states[result.id] = replace(
             state,
             digest=before.digest,
@@ -357,21 +357,6 @@ class Driver:
 
         unwritten = self._pool.map(save, numbers)
         self._changed |= {number for number in unwritten if number is not None}
-
-
-def _state_of(result: ConceptResult, name: str) -> ConceptState:
-    return ConceptState(
-        name,
-        result.state,
-        version=result.version,
-        sha256=result.sha256,
-        seconds=round(result.seconds, 3),
-        iteration=result.iterations,
-        iterations=result.iterations,
-        promoted=result.promoted,
-        note=result.note,
-        error=result.error,
-    )
 
 
 def _actor(order: PackOrder) -> Any:

@@ -161,6 +161,8 @@ class PackRun:
             self._look.began = True
             facts = self._look.concepts.setdefault(event.concept_id, {})
             facts |= {"iteration": event.iteration, "iterations": event.iterations}
+            if event.worker:
+                facts["worker"] = event.worker
             if event.losses:
                 facts["loss"] = event.losses
         self._relay(event)

@@ -38,7 +38,8 @@ from pipeline.tracking import tracking_uri
 State = Literal["trained", "already", "failed", "invalid"]
 Cluster = Callable[[], AbstractContextManager[None]]
 Assessed = tuple[RegisteredVersion, Decision]
-SECONDS_TAG = "train_seconds"
+# Tags of a version: what its training took.
+SECONDS_TAG, GPU_SECONDS_TAG, COST_TAG = "train_seconds", "train_gpu_seconds", "train_cost"
 _DISK_FULL = tuple(os.strerror(code) for code in DISK_FULL)
 
 
@@ -64,6 +65,8 @@ class ConceptResult:
         version: of the registered model, or None.
         sha256: of the adapter, or None.
         seconds: training time; of the run that made it when it was there already.
+        gpu_seconds: its share of the GPUs' time in that; 0 on CPUs.
+        cost: of those, or None without a price (`cost.gpu_hour`).
         error: why there is no adapter, or None.
         iterations: iterations trained.
         metrics: figures by name.
@@ -78,6 +81,8 @@ class ConceptResult:
     version: str | None = None
     sha256: str | None = None
     seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    cost: float | None = None
     error: str | None = None
     iterations: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -99,6 +104,8 @@ class ConceptResult:
             "version": self.version,
             "sha256": self.sha256,
             "seconds": round(self.seconds, 3),
+            "gpu_seconds": round(self.gpu_seconds, 3),
+            "cost": self.cost,
             "error": self.error,
             "iterations": self.iterations,
             "metrics": self.metrics,
@@ -188,6 +195,8 @@ def from_version(
         version=str(version.version),
         sha256=version.sha256,
         seconds=float(version.tags.get(SECONDS_TAG, 0.0)),
+        gpu_seconds=float(version.tags.get(GPU_SECONDS_TAG, 0.0)),
+        cost=float(version.tags[COST_TAG]) if COST_TAG in version.tags else None,
         iterations=int(version.tags.get("iterations") or 0),
         metrics=version.metrics,
         run_id=version.run_id,
@@ -276,18 +285,35 @@ class PackRunner:
             run_id=made.run_id,
             force=self._force,
         )
-        tags = {SECONDS_TAG: f"{made.seconds:.3f}"}
-        set_tags(version, tags, tracking_uri=self._registry)
+        set_tags(version, _took(made), tracking_uri=self._registry)
         version, decision = self._assessor.assess(version, concept, made.adapter_dir)
-        result = from_version(concept, version, "trained")
-        return _decided(replace(result, seconds=made.seconds, run_id=made.run_id), decision)
+        result = replace(
+            from_version(concept, version, "trained"),
+            seconds=made.seconds,
+            gpu_seconds=made.gpu_seconds,
+            cost=made.cost,
+            run_id=made.run_id,
+        )
+        return _decided(result, decision)
 
 
 def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
     """Say that a concept has no adapter, and why."""
     return ConceptResult(
-        concept.id, "failed", seconds=made.seconds, error=error, run_id=made.run_id, concept=concept
+        concept.id,
+        "failed",
+        seconds=made.seconds,
+        gpu_seconds=made.gpu_seconds,
+        cost=made.cost,
+        error=error,
+        run_id=made.run_id,
+        concept=concept,
     )
+
+
+def _took(made: TrainedConcept) -> dict[str, str]:
+    tags = {SECONDS_TAG: f"{made.seconds:.3f}", GPU_SECONDS_TAG: f"{made.gpu_seconds:.3f}"}
+    return tags if made.cost is None else tags | {COST_TAG: repr(made.cost)}
 
 
 def _decided(result: ConceptResult, decision: Decision) -> ConceptResult:

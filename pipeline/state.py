@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from components.ingest import store
 from pipeline import documents
 from pipeline.batch import Batch, load_batch
 from pipeline.claims import LEASE, is_alive
 from pipeline.documents import Document
+
+if TYPE_CHECKING:
+    from pipeline.run import ConceptResult
 
 State = Literal[
     "invalid",  # left out when it was submitted: `error` lists its problems
@@ -44,10 +47,13 @@ class ConceptState:
         version: of the registered model, or None.
         sha256: of the adapter, or None.
         seconds: of training.
+        gpu_seconds: its share of the GPUs' time; 0 on CPUs.
+        cost: of those, or None without a price.
         iteration: iterations done.
         iterations: of how many.
         loss: the last losses by name.
-        worker: the machine that looks after its run.
+        worker: the machine that trains it.
+        run_id: its MLflow run, or None.
         promoted: whether the version is the champion.
         note: what a person should know.
         error: why there is no adapter, and what to do.
@@ -59,10 +65,13 @@ class ConceptState:
     version: str | None = None
     sha256: str | None = None
     seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    cost: float | None = None
     iteration: int = 0
     iterations: int = 0
     loss: dict[str, float] = field(default_factory=dict)
     worker: str = ""
+    run_id: str | None = None
     promoted: bool = False
     note: str = ""
     error: str | None = None
@@ -188,6 +197,25 @@ def concept_states(
             one = ConceptState(name, **{"digest": digests.get(name), **facts})
         states[name] = one
     return states
+
+
+def state_of(result: ConceptResult) -> ConceptState:
+    """Return what a concept is at whose result is there."""
+    return ConceptState(
+        result.id,
+        result.state,
+        version=result.version,
+        sha256=result.sha256,
+        seconds=round(result.seconds, 3),
+        gpu_seconds=round(result.gpu_seconds, 3),
+        cost=result.cost,
+        iteration=result.iterations,
+        iterations=result.iterations,
+        run_id=result.run_id,
+        promoted=result.promoted,
+        note=result.note,
+        error=result.error,
+    )
 
 
 def as_facts(state: ConceptState) -> dict[str, Any]:

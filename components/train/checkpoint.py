@@ -41,8 +41,9 @@ class ConceptState:
         groups: the concept's slices of the teacher's, student's and heads' engine states.
         echo_images: student samples that joined the references, uint8 [E, 3, S, S].
         echo_prompts: the prompts that they were drawn from.
-        seconds: training time that it took so far.
+        seconds: training time that it took so far, its share of its packs'.
         losses: last losses by name.
+        gpu_seconds: its share of the GPUs' time; 0 on CPUs.
 
     """
 
@@ -54,6 +55,7 @@ class ConceptState:
     echo_prompts: tuple[str, ...] = ()
     seconds: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
+    gpu_seconds: float = 0.0
 
 
 def write_state(folder: Path, state: ConceptState) -> None:
@@ -79,6 +81,7 @@ def write_state(folder: Path, state: ConceptState) -> None:
             "iteration": state.iteration,
             "echo_prompts": list(state.echo_prompts),
             "seconds": state.seconds,
+            "gpu_seconds": state.gpu_seconds,
             "losses": state.losses,
             "files": files,
         }
@@ -119,6 +122,7 @@ def read_state(folder: Path, digest: str | None = None) -> ConceptState:
         echo_images=tensors[ECHO]["images"] if ECHO in tensors else None,
         echo_prompts=tuple(manifest["echo_prompts"]),
         seconds=float(manifest["seconds"]),
+        gpu_seconds=float(manifest.get("gpu_seconds", 0.0)),
         losses=dict(manifest["losses"]),
     )
 

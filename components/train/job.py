@@ -78,7 +78,9 @@ class TrainedConcept:
         adapter_dir: the adapter's folder on this machine, or None when it failed.
         sha256: of the adapter, or None.
         digest: of concept, spec and base.
-        seconds: training time, over all attempts, without loading.
+        seconds: training time, its share of the pack's, over all attempts, without loading.
+        gpu_seconds: its share of the GPUs' time in that; 0 on CPUs.
+        cost: of those, or None without a price (`cost.gpu_hour`).
         iterations: iterations done.
         losses: the last losses by name.
         error: why it failed, or None.
@@ -92,6 +94,8 @@ class TrainedConcept:
     sha256: str | None = None
     digest: str = ""
     seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    cost: float | None = None
     iterations: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     error: str | None = None

@@ -180,9 +180,12 @@ class Segment:
             rows.append(torch.stack([value.float() for value in values.values()]))
         values_tkn = ranks.mean(torch.stack(rows)).cpu()
         seconds = time.perf_counter() - began
+        share = seconds / len(self.members)
+        gpus = ranks.world_size() if self.run.frozen.pair.device.type == "cuda" else 0
         for member in self.members:
             if member.state is not None:
-                member.state.seconds += seconds / len(self.members)
+                member.state.seconds += share
+                member.state.gpu_seconds += share * gpus
         return Block(first, names, values_tkn, seconds)
 
     def _iterate(self, iteration: int) -> dict[str, torch.Tensor]:
@@ -320,6 +323,7 @@ class Segment:
                 echo_images=images,
                 echo_prompts=prompts,
                 seconds=member.state.seconds,
+                gpu_seconds=member.state.gpu_seconds,
                 losses=block_losses(block, n),
             )
 

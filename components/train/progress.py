@@ -23,6 +23,7 @@ class TrainEvent:
         losses: means over the iterations since the last event, by name.
         seconds_per_iteration: of the whole pack; 0 when not known.
         text: what happened, or "".
+        worker: the machine that trains it (of several, the first worker's).
 
     """
 
@@ -33,6 +34,7 @@ class TrainEvent:
     losses: dict[str, float] = field(default_factory=dict)
     seconds_per_iteration: float = 0.0
     text: str = ""
+    worker: str = ""
 
 
 class _Board:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from components.ingest.cache import disk_error
 from components.ingest.store import resolve_model
 from components.spec import spec_yaml
 from components.train import ranks
-from components.train.checkpoint import write_state
+from components.train.checkpoint import ConceptState, write_state
 from components.train.engines import start_deepspeed
 from components.train.export import PREVIEW_PROMPTS, export_adapters
 from components.train.job import (
@@ -188,6 +189,7 @@ class RayWatcher(Watcher):
                     "n_images": len(member.concept.images),
                 }
                 self._tracker.start(member.concept.id, params, spec_yaml(self._job.spec))
+                self._tracker.log_dataset(member.concept)
             self._tell(member, "failed" if member.error else "load", text=member.error or "")
 
     def block(self, members: list[Member], block: Block) -> None:
@@ -268,8 +270,11 @@ class RayWatcher(Watcher):
                 self._write_states(folder)
                 facts = export_adapters(self._run, self._job.bases, folder / ADAPTERS)
                 run_ids = self._finish_tracking(folder / ADAPTERS)
-                for concept_id, each in facts.items():
-                    each["run_id"] = run_ids.get(concept_id)
+                for member in self._run.members:
+                    each = facts[member.concept.id]
+                    each["run_id"] = run_ids.get(member.concept.id)
+                    if member.state is not None:
+                        each |= self._figures(member.state)
                 (folder / RESULTS).write_text(json.dumps(facts))
             self._report(folder)
 
@@ -277,6 +282,9 @@ class RayWatcher(Watcher):
         for member in self._run.members:
             self._tell(member, "failed" if member.error else "done", text=member.error or "")
             if self._tracker:
+                if member.state is not None:
+                    done = {member.state.iteration: self._figures(member.state)}
+                    self._tracker.log(member.concept.id, done)
                 if member.error is None:
                     folder = adapters / member.concept.id
                     self._tracker.log_folder(member.concept.id, folder, "adapter")
@@ -301,8 +309,17 @@ class RayWatcher(Watcher):
             return
         if done is None:
             done = member.state.iteration if member.state else 0
-        event = TrainEvent(member.concept.id, done, self._total, stage, **facts)
+        event = TrainEvent(
+            member.concept.id, done, self._total, stage, worker=platform.node(), **facts
+        )
         self._job.board.put.remote([event])
+
+    def _figures(self, state: ConceptState) -> dict[str, float]:
+        """Return what the training of a concept took."""
+        gpu_seconds = round(state.gpu_seconds, 3)
+        took = {"seconds": round(state.seconds, 3), "gpu_seconds": gpu_seconds}
+        cost = self._job.spec.cost.of(gpu_seconds)
+        return took if cost is None else took | {"cost": round(cost, 6)}
 
     def _rates(self) -> dict[str, float]:
         settings = self._job.spec.train

@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from components.spec import RunSpec, resolve_spec
+from components.train.lineage import trained_on
 from pipeline.base import base_settings
 from pipeline.progress import Event
 from pipeline.run import train_prefix
@@ -53,7 +54,11 @@ def test_from_a_prefix_to_champions(
         assert version.tags["adapter_sha256"] == result.sha256
         assert float(version.tags["train_seconds"]) == pytest.approx(result.seconds, abs=1e-3)
         assert set(result.metrics) >= {"clip_i", "dino", "clip_t", "before_clip_i"}
-        assert client.get_run(result.run_id).info.status == "FINISHED"
+        run = client.get_run(result.run_id)
+        assert run.info.status == "FINISHED" and run.data.metrics["gpu_seconds"] == 0
+        assert run.data.metrics["seconds"] == pytest.approx(result.seconds)
+        read = trained_on(run)
+        assert read is not None and read.digest == (result.concept and result.concept.digest)
     assert dog.sha256 != robot.sha256
     stages = [event.stage for event in events if event.subject == "my-dog"]
     assert stages[0] == "train" and stages[-3:] == ["register", "evaluate", "promote"]

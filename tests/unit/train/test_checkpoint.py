@@ -24,7 +24,9 @@ def a_state(iteration: int = 7) -> ConceptState:
     }
     images = torch.randint(0, 256, (2, 3, 8, 8), generator=gen, dtype=torch.uint8)
     prompts = ("a photo of a <new1> dog", "a <new1> dog, red")
-    return ConceptState("dog", "d" * 64, iteration, groups, images, prompts, 1.5, {"rec": 0.25})
+    return ConceptState(
+        "dog", "d" * 64, iteration, groups, images, prompts, 1.5, {"rec": 0.25}, 3.0
+    )
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
@@ -36,7 +38,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
             assert torch.equal(back.groups[group][name], tensor)
     assert torch.equal(back.echo_images, state.echo_images)
     assert (back.iteration, back.echo_prompts) == (7, state.echo_prompts)
-    assert (back.seconds, back.losses) == (1.5, {"rec": 0.25})
+    assert (back.seconds, back.gpu_seconds, back.losses) == (1.5, 3.0, {"rec": 0.25})
     assert list(state_folders(tmp_path)) == ["dog"]
 
 

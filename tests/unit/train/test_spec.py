@@ -54,6 +54,7 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         "tracking.uri=http://x",
         "gate.max_drop=0.5",
         "evaluate.seeds=1",
+        "cost.gpu_hour=2.5",
         "base.metric_clip=/other",
     ):
         assert digest(same) == base, same
@@ -118,3 +119,10 @@ def test_a_mistake_in_a_file_is_found_there(tmp_path):
         resolve_spec("pocket", tmp_path / "absent.yaml")
     with pytest.raises(InputError, match="did you mean 'sd-turbo'"):
         resolve_spec("sd_turbo")
+
+
+def test_a_price_makes_a_cost():
+    assert resolve_spec("pocket").cost.of(7200) is None
+    assert resolve_spec("pocket", None, ["cost.gpu_hour=2.5"]).cost.of(7200) == 5.0
+    with pytest.raises(InputError, match="cost.gpu_hour"):
+        resolve_spec("pocket", None, ["cost.gpu_hour=-1"])
