@@ -23,6 +23,7 @@ from model.settings import EchoSettings, LossSettings, MethodSettings, ViewSetti
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "pocket"
+MAX_RANK = 1280  # no layer of Stable Diffusion 1 or 2 is wider
 
 
 class _Section(BaseModel):
@@ -50,6 +51,8 @@ class TrainSpec(_Section):
 
     `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
     pass. With one item a pass the number of workers changes no round-off either.
+    `checkpointing` computes activations again in the backward pass instead of keeping them: about a
+    third more time, for GPUs with little memory.
     """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)
@@ -71,7 +74,28 @@ class TrainSpec(_Section):
     max_failures: int = Field(default=2, ge=-1, le=1000)
     keep_teacher: bool = True
     items_at_once: int | None = Field(default=None, ge=1)
+    checkpointing: bool = False
     storage_path: str = "runs/train"
+
+
+class AdapterSpec(_Section):
+    """How an adapter is stored: in the rank `auto`, `full` or a number (`model/rank_choice.py`).
+
+    `max_picture_error` bounds what `auto` may cost, in levels of 255: how far the test picture that
+    changes most may be, on average over its values, from what the whole adapter draws. Half a level
+    is what rounding to 8 bits costs at most.
+    """
+
+    rank: Literal["auto", "full"] | int = "auto"
+    max_picture_error: float = Field(default=0.5, ge=0, le=255)
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _known_rank(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if value in ("auto", "full") or (number and 1 <= value <= MAX_RANK):
+            return value
+        raise ValueError(f"must be auto, full or a whole number from 1 to {MAX_RANK}")
 
 
 class PackSpec(_Section):
@@ -123,6 +147,7 @@ class RunSpec(_Section):
     resolution: int = Field(default=512, ge=16, le=4096, multiple_of=8)
     batch_size: int = Field(default=2, ge=1, le=1024)
     train: TrainSpec = TrainSpec()
+    adapter: AdapterSpec = AdapterSpec()
     method: MethodSettings = MethodSettings()
     loss: LossSettings = LossSettings()
     views: ViewSettings = ViewSettings()
@@ -151,6 +176,7 @@ _NO_EFFECT_TRAIN = (
     "max_failures",
     "keep_teacher",
     "items_at_once",
+    "checkpointing",
     "storage_path",
 )
 

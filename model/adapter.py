@@ -1,9 +1,9 @@
 """The adapter: one concept's trained weights as a folder that travels.
 
-`adapter.safetensors` holds the student's K/V deltas against the base as fp16, one matrix a layer
-under its diffusers module path, and `token_rows`; `teacher.safetensors` is of the same form and
-optional; `adapter.json` says what they are. Nothing here is pickled, and names inside the files
-are never used as paths.
+`adapter.safetensors` holds the student's K/V deltas against the base as fp16, whole or as low-rank
+factors (`low_rank.py` has the names), and `token_rows`; `teacher.safetensors` is of the same form
+and optional; `adapter.json` says what they are. Nothing here is pickled, and names inside the
+files are never used as paths.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,68 +22,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
-from model import METHOD_VERSION
+from model.adapter_meta import (
+    CARD_FILE,
+    META_FILE,
+    TEACHER_FILE,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    card,
+    check_meta,
+    describe,
+)
 from model.base_pair import BasePair
 from model.cross_attention import KVLayout, join, split
 from model.errors import EchoDistillError, InputError
-from model.names import CONCEPT_ID
-from model.text import TOKEN_PATTERN
+from model.low_rank import whole
 from model.views import name_concept
 
-SCHEMA_VERSION = 1
-WEIGHTS_FILE = "adapter.safetensors"
-TEACHER_FILE = "teacher.safetensors"
-META_FILE = "adapter.json"
-CARD_FILE = "README.md"
-PREVIEW_FILE = "preview.png"
 TOKEN_ROWS = "token_rows"
 
-_LAYER = re.compile(r"[A-Za-z0-9_.]{1,200}\.to_[kv]\.weight")
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a training run knows about the adapter that it made.
-
-    Attributes:
-        concept_id: the concept's id.
-        class_noun: e.g. `dog`.
-        tokens: the concept's token strings, e.g. `("<new1>",)`, one a token row.
-        initializer: the word that the token began as.
-        live: whether the subject is alive.
-        base_name: the user's name of the base pair.
-        teacher_id: where the teacher came from (id, path or URI).
-        student_id: where the student came from.
-        spec_digest: digest of the spec fields that change the result.
-        concept_digest: digest of concept, spec and base.
-        iterations: iterations trained.
-        metrics: figures by name.
-    """
-
-    concept_id: str
-    class_noun: str
-    tokens: tuple[str, ...]
-    initializer: str = ""
-    live: bool = False
-    base_name: str = ""
-    teacher_id: str = ""
-    student_id: str = ""
-    spec_digest: str = ""
-    concept_digest: str = ""
-    iterations: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
+_PART = re.compile(r"[A-Za-z0-9_.]{1,200}\.to_[kv]\.(lora_[AB]\.)?weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A loaded adapter, on the CPU.
+    """An adapter, on the CPU.
 
     Attributes:
-        kv_delta: the student's deltas by layer name, [c_layer, d] float16 each.
+        kv_delta: the student's deltas as they are stored, float16, by stored name: whole [c_layer,
+            d], or factors (`low_rank.whole` gives whole ones of either).
         token_rows: [K, d] float32.
-        meta: `adapter.json`, checked.
-        sha256: of `adapter.safetensors`, hex.
-        teacher_delta: the teacher's deltas by layer name, or None.
+        meta: `adapter.json`.
+        sha256: of `adapter.safetensors`, hex; empty before it is written.
+        teacher_delta: the teacher's deltas, the same, or None.
     """
 
     kv_delta: dict[str, torch.Tensor]
@@ -131,53 +101,73 @@ class Adapter:
             )
 
 
-def save_adapter(
-    folder: str | Path,
+def trained_adapter(
     *,
     pair: BasePair,
     info: AdapterInfo,
     student_kv: torch.Tensor,
     token_rows: torch.Tensor,
     teacher_kv: torch.Tensor | None = None,
-) -> str:
-    """Write an adapter folder; it appears whole or not at all.
-
-    An existing folder is replaced. `preview.png` is put in by the caller.
+) -> Adapter:
+    """Make an adapter with whole deltas of what was trained; it is not written yet.
 
     Args:
-        folder: where; its parent is made.
         pair: the base pair it was trained on.
         info: what to write about it.
         student_kv: the student's trained K/V matrix [C_S, d].
         token_rows: trained embedding rows [K, d].
         teacher_kv: the teacher's trained K/V matrix [C_T, d], to be kept as well.
 
+    Raises:
+        EchoDistillError: when a weight is not finite at fp16.
+    """
+    student = _deltas(student_kv, pair.student_kv, pair.student_layout)
+    teacher = None
+    if teacher_kv is not None:
+        teacher = _deltas(teacher_kv, pair.teacher_kv, pair.teacher_layout)
+    rows = token_rows.detach().float().cpu().contiguous().clone()
+    return Adapter(student, rows, describe(info, pair), "", teacher)
+
+
+def write_adapter(folder: str | Path, adapter: Adapter) -> str:
+    """Write an adapter folder; it appears whole or not at all.
+
+    An existing folder is replaced. `preview.png` is put in by the caller.
+
+    Args:
+        folder: where; its parent is made.
+        adapter: what to write.
+
     Returns:
         sha256 of `adapter.safetensors`, hex.
 
     Raises:
         InputError: for a bad concept id or token string.
-        EchoDistillError: when a weight is not finite at fp16.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows = token_rows.detach().float().cpu().contiguous().clone()
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    rows = {TOKEN_ROWS: adapter.token_rows}
+    hashes: dict[str, str | None] = {"teacher_sha256": None}
     try:
-        student = _deltas(student_kv, pair.student_kv, pair.student_layout)
-        _write(work / WEIGHTS_FILE, {**student, TOKEN_ROWS: rows})
-        if teacher_kv is not None:
-            teacher = _deltas(teacher_kv, pair.teacher_kv, pair.teacher_layout)
-            _write(work / TEACHER_FILE, {**teacher, TOKEN_ROWS: rows})
-        meta = _meta(info, pair, work)
-        _check_meta(meta, work / META_FILE)
+        hashes["sha256"] = _write(work / WEIGHTS_FILE, {**adapter.kv_delta, **rows})
+        if adapter.teacher_delta is not None:
+            teacher = {**adapter.teacher_delta, **rows}
+            hashes["teacher_sha256"] = _write(work / TEACHER_FILE, teacher)
+        meta = {**adapter.meta, **hashes}
+        check_meta(meta, work / META_FILE)
         (work / META_FILE).write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
-        (work / CARD_FILE).write_text(_card(meta))
+        (work / CARD_FILE).write_text(card(meta))
         work.chmod(0o755)
         _put_in_place(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return str(meta["sha256"])
+
+
+def save_adapter(folder: str | Path, **trained: Any) -> str:
+    """Write what was trained with whole deltas: `trained_adapter`, then `write_adapter`."""
+    return write_adapter(folder, trained_adapter(**trained))
 
 
 def load_adapter(folder: str | Path, expected_sha256: str | None = None) -> Adapter:
@@ -245,44 +235,17 @@ def _deltas(trained: torch.Tensor, base: torch.Tensor, layout: KVLayout) -> dict
 def _applied(
     delta: Mapping[str, torch.Tensor], layout: KVLayout, base: torch.Tensor
 ) -> torch.Tensor:
-    return base + join(layout, delta).to(base.device, torch.float32)
+    # Factors go to the device before they are multiplied: they are far smaller than their product.
+    there = {name: part.to(base.device) for name, part in delta.items()}
+    return base + join(layout, whole(there)).float()
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write a weights file; returns its sha256."""
     save_file(tensors, str(path))
-    with path.open("rb") as file:  # on disk before the rename makes it visible
-        os.fsync(file.fileno())
-
-
-def _meta(info: AdapterInfo, pair: BasePair, work: Path) -> dict[str, Any]:
-    facts = asdict(info)
-    teacher = work / TEACHER_FILE
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "method_version": METHOD_VERSION,
-        "concept": {
-            "id": info.concept_id,
-            "class_noun": info.class_noun,
-            "initializer": info.initializer,
-            "live": info.live,
-        },
-        "tokens": list(info.tokens),
-        "base": {
-            "name": info.base_name or pair.name,
-            "teacher": info.teacher_id,
-            "student": info.student_id,
-            "hash": pair.hash,
-        },
-        "resolution": pair.resolution,
-        "rank": None,
-        "rank_error": None,
-        "spec_digest": info.spec_digest,
-        "concept_digest": info.concept_digest,
-        "iterations": info.iterations,
-        "metrics": dict(facts["metrics"]),
-        "sha256": _sha256((work / WEIGHTS_FILE).read_bytes()),
-        "teacher_sha256": _sha256(teacher.read_bytes()) if teacher.exists() else None,
-    }
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # on disk before the rename makes it visible
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(data: bytes) -> str:
@@ -310,41 +273,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a whole adapter folder.") from None
-    _check_meta(meta, path)
+    check_meta(meta, path)
     return meta
-
-
-def _check_meta(meta: Any, path: Path) -> None:
-    """Refuse an `adapter.json` that is not of our form (InputError names the field)."""
-
-    def need(good: bool, what: str) -> None:
-        if not good:
-            raise InputError(f"{path}: {what}; give an adapter that this project wrote.")
-
-    need(isinstance(meta, dict), "it is not an object")
-    need(meta.get("schema_version") == SCHEMA_VERSION, f"schema_version is not {SCHEMA_VERSION}")
-    concept, base = meta.get("concept"), meta.get("base")
-    need(isinstance(concept, dict) and isinstance(base, dict), "concept or base is missing")
-    need(
-        isinstance(concept.get("id"), str) and bool(CONCEPT_ID.fullmatch(concept["id"])),
-        f"concept id {concept.get('id')!r} is not allowed",
-    )
-    noun = concept.get("class_noun")
-    need(isinstance(noun, str) and bool(noun.strip()) and len(noun) <= 200, "class_noun is missing")
-    tokens = meta.get("tokens")
-    need(isinstance(tokens, list) and 1 <= len(tokens) <= 16, "tokens are missing")
-    for token in tokens:
-        need(
-            isinstance(token, str) and bool(TOKEN_PATTERN.fullmatch(token)),
-            f"token {token!r} is not of the form <name>",
-        )
-    need(len(set(tokens)) == len(tokens), "a token is there twice")
-    for owner, key in ((base, "hash"), (meta, "sha256")):
-        value = owner.get(key)
-        need(isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)), f"{key} is bad")
-    need(isinstance(base.get("name"), str), "base name is missing")
-    need(isinstance(meta.get("resolution"), int), "resolution is missing")
-    need(isinstance(meta.get("metrics", {}), dict), "metrics are not an object")
 
 
 def _read_weights(path: Path, sha256: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -361,27 +291,9 @@ def _read_weights(path: Path, sha256: str) -> tuple[dict[str, torch.Tensor], str
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch the adapter again.") from None
     for name, tensor in tensors.items():
-        layer = bool(_LAYER.fullmatch(name)) and tensor.dtype == torch.float16
-        if tensor.ndim != 2 or not (layer or name == TOKEN_ROWS):
+        part = bool(_PART.fullmatch(name)) and tensor.dtype == torch.float16
+        if tensor.ndim != 2 or not (part or name == TOKEN_ROWS):
             raise InputError(f"{path}: tensor {name!r} does not belong in an adapter.")
     if TOKEN_ROWS not in tensors:
         raise InputError(f"{path}: {TOKEN_ROWS} is missing; fetch the adapter again.")
     return tensors, found
-
-
-def _card(meta: Mapping[str, Any]) -> str:
-    concept, base, token = meta["concept"], meta["base"], " ".join(meta["tokens"])
-    metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in meta["metrics"].items())
-    return (
-        f"# {concept['id']}: a one-step adapter\n\n"
-        f"Draws one {concept['class_noun']} as `{token} {concept['class_noun']}`, e.g. "
-        f'"a photo of a {token} {concept["class_noun"]} on the beach", in one network '
-        f"evaluation at {meta['resolution']} px.\n\n"
-        f"Made by EchoDistill from base `{base['name']}` (content hash `{base['hash']}`), "
-        f"{meta['iterations']} iterations. `{WEIGHTS_FILE}` holds fp16 deltas of the student's "
-        f"cross-attention keys and values, and the token's embedding row; its sha256 is "
-        f"`{meta['sha256']}`.\n"
-        + (f"\n| metric | value |\n| --- | --- |\n{metrics}" if metrics else "")
-        + "\nThe rights to what it draws follow from the photos it was trained on and from the "
-        "licence of the base.\n"
-    )

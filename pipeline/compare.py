@@ -22,7 +22,8 @@ from components.ingest.store import resolve_model
 from components.spec import RunSpec, spec_digest
 from components.train.job import ADAPTERS, BasePaths, pack_name
 from components.train.pack import train_pack
-from model.adapter import META_FILE, Adapter, load_adapter, prompt_for
+from model.adapter import Adapter, load_adapter, prompt_for
+from model.adapter_meta import META_FILE
 from model.base_pair import BasePair, load_base_pair
 from model.errors import EchoDistillError, InputError
 from model.judge import load_judge

@@ -19,6 +19,7 @@ from model.adapter import Adapter
 from model.base_pair import BasePair
 from model.cross_attention import join
 from model.errors import EchoDistillError, InputError
+from model.low_rank import whole
 from model.sampler import picture_noise, sample_student, student_keys_values, to_uint8
 from serve.lru import ByteLru
 
@@ -118,10 +119,10 @@ class Engine:
     def check(self, adapter: Adapter) -> None:
         """Raises InputError for an adapter that cannot draw with this pair."""
         adapter.check_base(self.pair)
-        delta = join(self.pair.student_layout, adapter.kv_delta)
-        whole = torch.isfinite(delta).all() and torch.isfinite(adapter.token_rows).all()
+        delta = join(self.pair.student_layout, whole(adapter.kv_delta))
+        finite = torch.isfinite(delta).all() and torch.isfinite(adapter.token_rows).all()
         width = self.pair.student_kv.shape[1]
-        if delta.shape[1] != width or adapter.token_rows.shape[1] != width or not whole:
+        if delta.shape[1] != width or adapter.token_rows.shape[1] != width or not finite:
             raise InputError(
                 f"The adapter of {adapter.meta['concept']['id']!r} has values that are not finite "
                 "or of another size than its base's; train the concept again."

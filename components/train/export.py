@@ -12,8 +12,10 @@ from components.train.job import BasePaths, total_iterations
 from components.train.loop import Run
 from components.train.members import Member
 from components.train.tracking import png
-from model.adapter import PREVIEW_FILE, AdapterInfo, load_adapter, save_adapter
+from model.adapter import load_adapter, trained_adapter, write_adapter
+from model.adapter_meta import PREVIEW_FILE, AdapterInfo
 from model.errors import EchoDistillError
+from model.rank_choice import with_rank
 from model.sampler import draw
 
 PREVIEW_PROMPTS = (
@@ -77,14 +79,15 @@ def _export(run: Run, member: Member, bases: BasePaths, folder: Path) -> str:
         concept_digest=member.digest,
         iterations=state.iteration,
     )
-    sha256 = save_adapter(
-        folder,
+    trained = trained_adapter(
         pair=pair,
         info=info,
         student_kv=student["kv"],
         token_rows=student.get("rows", teacher["rows"]),
         teacher_kv=teacher["kv"] if keeps else None,
     )
+    stored = with_rank(pair, trained, spec.adapter.rank, spec.adapter.max_picture_error)
+    sha256 = write_adapter(folder, stored)
     adapter = load_adapter(folder, sha256)
     phrase = f"{concept.token} {concept.class_noun}"
     prompts = [prompt.format(phrase) for prompt in PREVIEW_PROMPTS]

@@ -16,7 +16,8 @@ import requests
 import torch
 
 from components.ingest.concept_folder import Concept, check_prefix, concept_digest
-from model.adapter import AdapterInfo, save_adapter
+from model.adapter import save_adapter
+from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair, load_base_pair
 from tests.tiny import TinyPaths, build_tiny_pair
 from tests.unit.data.pictures import concept_folder

@@ -14,7 +14,8 @@ from PIL import Image
 
 from components.ingest.concept_folder import Concept
 from components.register.registry import register_adapter
-from model.adapter import AdapterInfo, prompt_for, save_adapter
+from model.adapter import prompt_for, save_adapter
+from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
 from model.names import CHAMPION
 from serve.engine import Engine, PictureRequest

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.adapter import AdapterInfo, load_adapter, prompt_for, save_adapter
+from model.adapter import load_adapter, prompt_for, save_adapter
+from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
 from model.errors import EchoDistillError, InputError
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from model.adapter import Adapter, AdapterInfo, load_adapter, save_adapter
+from model.adapter import Adapter, load_adapter, save_adapter
+from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
 from model.cross_attention import split
 from model.errors import InputError

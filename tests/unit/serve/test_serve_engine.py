@@ -10,6 +10,7 @@ import torch
 from model.adapter import Adapter, load_adapter
 from model.base_pair import BasePair, load_base_pair
 from model.errors import InputError
+from model.low_rank import Decomposition
 from model.sampler import draw
 from serve.engine import DrawError, Engine, PictureRequest
 from tests.tiny import build_tiny_pair
@@ -182,10 +183,13 @@ def test_check_refuses_adapters_that_would_spoil_a_batch(
     engine = Engine(tiny_pair)
     good = adapters[0]
     engine.check(good)
+    factors = Decomposition.of(good.kv_delta).at_rank(2)
+    engine.check(replace(good, kv_delta=factors))
     name, delta = next(iter(good.kv_delta.items()))
     wrong = [
         replace(good, kv_delta={**good.kv_delta, name: torch.full_like(delta, torch.inf)}),
         replace(good, kv_delta={k: v for k, v in good.kv_delta.items() if k != name}),
+        replace(good, kv_delta=dict(list(factors.items())[1:])),
         replace(good, kv_delta={k: v[:, :-1] for k, v in good.kv_delta.items()}),
         replace(good, token_rows=good.token_rows * torch.nan),
         replace(good, token_rows=good.token_rows[:, :-1]),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.adapter import AdapterInfo, save_adapter
+from model.adapter import save_adapter
+from model.adapter_meta import AdapterInfo
 from model.errors import ServiceError
 from serve.endpoint import free_port
 from serve.engine import Engine

@@ -13,7 +13,8 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from model.adapter import AdapterInfo, save_adapter
+from model.adapter import save_adapter
+from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
 from serve.engine import Engine, PictureRequest
 from serve.painter import Drawn

@@ -68,6 +68,9 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         "loss.id_weight=0.5",
         "views.flip=0.1",
         "echo.rounds=2",
+        "adapter.rank=8",
+        "adapter.rank=full",
+        "adapter.max_picture_error=2",
         "base.teacher=/other",
     )
     assert len({digest(other) for other in others} | {base}) == len(others) + 1
@@ -87,6 +90,9 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         ("loss.perceptual=vgg", ("loss.perceptual = 'vgg'", "'swd' or 'lpips'")),
         ("echo.keep=4", ("echo.keep = 4", "--set echo.keep=4")),
         ("train=5", ("train = 5",)),
+        ("adapter.rank=0", ("adapter.rank = 0", "--set", "auto, full or a whole number")),
+        ("adapter.rank=low", ("adapter.rank = 'low'", "auto, full or a whole number")),
+        ("adapter.ranks=8", ("did you mean 'adapter.rank'",)),
         ("base=pockt", ("did you mean 'pocket'",)),
         ("train.head_lr=.nan", ("train.head_lr",)),
         ("nothing", ("key=value",)),
