@@ -33,6 +33,7 @@ from components.spec import RunSpec, resolve_spec
 from components.train.job import BasePaths
 from components.train.worker import load_frozen
 from model.base_pair import BasePair, freeze
+from model.checkpointing import save_memory
 from model.cross_attention import base_weight, expose_keys_values
 from model.discriminators import Backbone
 from model.iteration import Frozen
@@ -198,7 +199,8 @@ def build_frozen(base: str, spec: RunSpec, precision: str, device: torch.device)
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if base not in RANDOM_BASES:
-        return load_frozen(BasePaths.from_spec(spec), dtype, device, spec.resolution)
+        bases, sparing = BasePaths.from_spec(spec), spec.train.checkpointing
+        return load_frozen(bases, dtype, device, spec.resolution, sparing)
     shapes = RANDOM_BASES[base]
     kinds: list[tuple[Any, dict[str, Any]]] = [
         (ViTModel, {"config": ViTConfig(**shapes.vit), "add_pooling_layer": False}),
@@ -213,7 +215,8 @@ def build_frozen(base: str, spec: RunSpec, precision: str, device: torch.device)
     pair = _pair(base, spec.resolution, unets, vae, text_encoder, dtype)
     backbones = [_backbone(*named, dtype) for named in (("dino", vit), ("dinov2", dinov2))]
     identity = _backbone("clip", clip, dtype)
-    return Frozen.build(pair, [*backbones, identity], identity)
+    frozen = Frozen.build(pair, [*backbones, identity], identity)
+    return save_memory(frozen) if spec.train.checkpointing else frozen
 
 
 def write_photos(folder: Path, count: int, size: int) -> list[Concept]:

@@ -8,7 +8,8 @@ built from the members' states, so a state can always go on anywhere.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from model.iteration import (
     student_loss,
     teacher_loss,
 )
+from model.view_bank import with_bank
 
 LOSS = "loss/"
 NORM = "grad_norm/"
@@ -97,12 +99,23 @@ class Watcher:
 
 @dataclass
 class Run:
-    """A run on this rank: settings, frozen networks and the pack."""
+    """A run on this rank: settings, frozen networks and the pack.
+
+    Attributes:
+        spec: the resolved run spec.
+        frozen: the frozen networks.
+        members: the pack.
+        watcher: hears what happens.
+        ahead: draw the next iteration's batch in another thread meanwhile, which needs cores that
+            training leaves idle; None: where a GPU trains.
+
+    """
 
     spec: RunSpec
     frozen: Frozen
     members: list[Member]
     watcher: Watcher = field(default_factory=Watcher)
+    ahead: bool | None = None
 
 
 def train_members(run: Run) -> None:
@@ -142,6 +155,11 @@ class Segment:
         self.run = run
         self.members = members
         self._total = total_iterations(run.spec)
+        ahead = run.frozen.pair.device.type == "cuda" if run.ahead is None else run.ahead
+        self._ahead = ThreadPoolExecutor(1) if ahead else None
+        for member in members:
+            if member.data is not None:
+                member.data = with_bank(run.frozen, member.data, run.spec.seed, run.spec.views)
         states = [member.state for member in members if member.state is not None]
         self.teacher, self.student, self.heads = _engines(run, states)
 
@@ -167,6 +185,8 @@ class Segment:
 
     def free(self) -> None:
         """Take the engines down."""
+        if self._ahead is not None:
+            self._ahead.shutdown(cancel_futures=True)
         for engine in (self.teacher, self.student, self.heads):
             free(engine)
 
@@ -174,8 +194,13 @@ class Segment:
         began = time.perf_counter()
         rows: list[torch.Tensor] = []
         names: tuple[str, ...] = ()
+        upcoming: Future[list[Batch]] | None = None
         for iteration in range(first, end):
-            values = self._iterate(iteration)
+            batches = self._batches(iteration) if upcoming is None else upcoming.result()
+            # What a batch is drawn from changes between blocks only.
+            if self._ahead is not None and iteration + 1 < end:
+                upcoming = self._ahead.submit(self._batches, iteration + 1)
+            values = self._iterate(iteration, batches)
             names = tuple(values)
             rows.append(torch.stack([value.float() for value in values.values()]))
         values_tkn = ranks.mean(torch.stack(rows)).cpu()
@@ -188,10 +213,9 @@ class Segment:
                 member.state.gpu_seconds += share * gpus
         return Block(first, names, values_tkn, seconds)
 
-    def _iterate(self, iteration: int) -> dict[str, torch.Tensor]:
+    def _iterate(self, iteration: int, batches: list[Batch]) -> dict[str, torch.Tensor]:
         """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
         learns, distils = taking_part(self.run.spec, iteration)
-        batches = self._batches(iteration)
         values: dict[str, torch.Tensor] = {}
         if learns:
             text_states = self._learn(batches, values)
@@ -301,7 +325,9 @@ class Segment:
             data = member.data
             assert data is not None
             echo = (*data.echo, *each.kept)
-            member.data = ConceptData(data.id, data.text, data.images, echo)
+            member.data = with_bank(
+                self.run.frozen, replace(data, echo=echo), spec.seed, spec.views
+            )
             self.run.watcher.echo(member, iteration, each)
 
     def _update_states(self, iteration: int, block: Block) -> None:

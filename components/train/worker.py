@@ -36,6 +36,7 @@ from components.train.members import Member, load_members
 from components.train.progress import TrainEvent
 from components.train.tracking import Tracker
 from model.base_pair import load_base_pair
+from model.checkpointing import save_memory
 from model.discriminators import load_backbone
 from model.echo import EchoRound
 from model.errors import DISK_FULL, EchoDistillError, InputError
@@ -100,9 +101,13 @@ def _has_given_up(job: PackJob) -> bool:
 
 
 def load_frozen(
-    bases: BasePaths, dtype: torch.dtype, device: torch.device, resolution: int | None = None
+    bases: BasePaths,
+    dtype: torch.dtype,
+    device: torch.device,
+    resolution: int | None = None,
+    checkpointing: bool = False,
 ) -> Frozen:
-    """Load all frozen models, each once.
+    """Load all frozen models, each once; with `checkpointing` they keep few activations.
 
     Raises:
         InputError: when one can't be used.
@@ -122,7 +127,8 @@ def load_frozen(
         if entry is None:
             raise InputError(f"there is no file {bases.image_projection}: give an IP-Adapter's")
         projection = load_image_projection(store.fetch(entry), device)
-    return Frozen.build(pair, backbones, identity, projection)
+    frozen = Frozen.build(pair, backbones, identity, projection)
+    return save_memory(frozen) if checkpointing else frozen
 
 
 def _prepare(job: PackJob) -> torch.device:
@@ -145,7 +151,7 @@ def _prepare(job: PackJob) -> torch.device:
 def _load(job: PackJob, device: torch.device) -> Run:
     spec = job.spec
     dtype = _DTYPES[spec.train.precision]
-    frozen = load_frozen(job.bases, dtype, device, spec.resolution)
+    frozen = load_frozen(job.bases, dtype, device, spec.resolution, spec.train.checkpointing)
     with _own_checkpoint() as folder:
         members = load_members(job, frozen, folder)
     return Run(spec, frozen, members)

@@ -67,13 +67,14 @@ def trained(
     concepts: Sequence[Concept],
     start: dict[str, ConceptState] | None = None,
     watcher: Watcher | None = None,
+    ahead: bool | None = None,
 ) -> Run:
     """Trains a pack on this rank, from the given states where there are some."""
     frozen, members = loaded(spec, concepts)
     for member in members:
         if start and member.concept.id in start:
             go_on(member, start[member.concept.id])
-    run = Run(spec, frozen, members, watcher or Watcher())
+    run = Run(spec, frozen, members, watcher or Watcher(), ahead)
     train_members(run)
     return run
 
@@ -87,9 +88,10 @@ def loaded(
     """Loads the frozen networks (once a process) and the pack's members, as a worker does."""
     job = PackJob(spec, tuple(concepts), BasePaths.from_spec(spec), "test", None, given)
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
-    key = (job.bases, dtype)
+    sparing = spec.train.checkpointing
+    key = (job.bases, dtype, sparing)
     if key not in _frozen:
-        _frozen[key] = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution)
+        _frozen[key] = load_frozen(job.bases, dtype, torch.device("cpu"), spec.resolution, sparing)
     return _frozen[key], load_members(job, _frozen[key], checkpoint)
 
 
