@@ -230,12 +230,17 @@ def _validated(layers: Sequence[tuple[str, dict[str, Any]]]) -> RunSpec:
 
 
 def spec_digest(spec: RunSpec) -> str:
-    """Return the sha256 (hex) over the fields that change the trained weights, and no others."""
-    values = spec.model_dump(mode="json", exclude=set(_NO_EFFECT))
+    """Return the sha256 (hex) over the fields that change the trained weights, and no others.
+
+    A field at its class's default leaves no trace, so that a version of this project with one more
+    setting still knows what was trained before. When a default changes, METHOD_VERSION is raised.
+    """
+    values = spec.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_defaults=True)
     for name in _NO_EFFECT_TRAIN:
-        del values["train"][name]
+        values.get("train", {}).pop(name, None)
     for name in ("metric_clip", "metric_dino"):
         del values["base"][name]
+    values = {name: value for name, value in values.items() if value != {}}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from components.spec import preset_names, resolve_spec, spec_digest, spec_yaml
+from components.spec import (
+    RunSpec,
+    TrainSpec,
+    preset_names,
+    resolve_spec,
+    spec_digest,
+    spec_yaml,
+)
 from model.errors import InputError
 from model.settings import LossSettings
 
@@ -39,6 +46,21 @@ def test_a_resolved_spec_reads_back_equal(tmp_path, preset):
     assert resolve_spec(None, file) == spec
 
 
+def test_a_setting_that_comes_later_changes_no_digest():
+    class LaterTrainSpec(TrainSpec):
+        warm_up: int = 0
+
+    class LaterSpec(RunSpec):
+        train: LaterTrainSpec = LaterTrainSpec()
+        speed: float = 1.0
+
+    for preset in preset_names():
+        spec = resolve_spec(preset)
+        later = LaterSpec.model_validate(spec.model_dump())
+        assert spec_digest(later) == spec_digest(spec)
+        assert spec_digest(later.model_copy(update={"speed": 2.0})) != spec_digest(spec)
+
+
 def test_the_digest_covers_what_changes_the_result_and_nothing_else():
     def digest(*sets: str) -> str:
         return spec_digest(resolve_spec("pocket", None, sets))
@@ -56,6 +78,7 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         "evaluate.seeds=1",
         "cost.gpu_hour=2.5",
         "base.metric_clip=/other",
+        "train.checkpointing=true",
     ):
         assert digest(same) == base, same
     others = (
@@ -67,6 +90,7 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         "train.optimizer=sgd",
         "loss.id_weight=0.5",
         "views.flip=0.1",
+        "views.bank=64",
         "echo.rounds=2",
         "adapter.rank=8",
         "adapter.rank=full",
