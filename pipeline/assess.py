@@ -10,6 +10,7 @@ import torch
 
 from components.evaluate.evaluate import (
     FeatureModels,
+    Metrics,
     evaluate_adapter,
     load_feature_models,
     record_metrics,
@@ -45,6 +46,24 @@ class Assessor:
 
         Without `adapter_dir` the adapter comes from the registry.
         """
+        version, _ = self.measure(version, concept, adapter_dir)
+        return version, self._promote(version, concept)
+
+    def measure(
+        self,
+        version: RegisteredVersion,
+        concept: Concept,
+        adapter_dir: Path | None = None,
+        out: Path | None = None,
+    ) -> tuple[RegisteredVersion, Metrics]:
+        """Measure a version and record the figures; returns it with them.
+
+        Args:
+            version: which one.
+            concept: with the reference photos.
+            adapter_dir: its adapter; by default it comes from the registry.
+            out: a folder to keep the pictures in; None keeps them with the version's run only.
+        """
         settings = self._spec.evaluate
         self._progress(
             Event(
@@ -63,10 +82,9 @@ class Assessor:
                 models=self._models,
                 prompts=settings.prompts,
                 seeds=settings.seeds,
-                out=Path(scratch) / "grids",
+                out=out or Path(scratch) / "grids",
             )
-            version = record_metrics(version, found, tracking_uri=self._registry)
-        return version, self._promote(version, concept)
+            return record_metrics(version, found, tracking_uri=self._registry), found
 
     def finish(
         self, version: RegisteredVersion, concept: Concept

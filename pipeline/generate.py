@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,16 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.ingest.cache import cache_root, disk_error, replacing, replacing_folder
-from components.register.connection import connect, hide_password, reaching
-from components.register.registry import (
-    RegisteredVersion,
-    fetch_adapter,
-    get_version,
-    model_name,
-)
+from components.register.registry import RegisteredVersion, fetch_adapter
 from model.errors import EchoDistillError, InputError
-from model.names import CHAMPION, CONCEPT_ID
 from pipeline.progress import Event, Progress
+from pipeline.versions import find_version
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +76,7 @@ def generate(
         raise InputError(f"--steps {steps} is not offered: the student draws in 1, 2 or 4")
     if not 1 <= n <= LARGEST_N:
         raise InputError(f"--n {n} is out of range: ask for 1 to {LARGEST_N} pictures")
-    version = _find(concept, tracking_uri)
+    version = find_version(concept, tracking_uri)
     progress(Event("load", version.concept_id, f"version {version.version}"))
     adapter = _load(version, tracking_uri)
     words = prompt_for(adapter.meta, prompt)
@@ -108,38 +101,6 @@ def generate(
     return Generated(
         version.concept_id, version.version, version.sha256, words, seeds, tuple(paths), seconds
     )
-
-
-def _find(concept: str, tracking_uri: str) -> RegisteredVersion:
-    concept_id, _, pointer = concept.partition("@")
-    if not CONCEPT_ID.fullmatch(concept_id):
-        likely = re.sub(r"[^a-z0-9_-]+", "-", concept_id.lower()).strip("-_")
-        advice = f", such as {likely}" if likely else ""
-        raise InputError(
-            f"{concept_id!r} is no concept's id, which has a-z, 0-9, _ and - only: give the name "
-            f"of its folder{advice}"
-        )
-    found = get_version(concept_id, pointer or CHAMPION, tracking_uri=tracking_uri)
-    if found is None:
-        raise InputError(_what_there_is(concept_id, pointer, tracking_uri))
-    return found
-
-
-def _what_there_is(concept_id: str, pointer: str, tracking_uri: str) -> str:
-    """Say which versions a concept has instead of the one that was asked for."""
-    client = connect(tracking_uri)
-    with reaching(tracking_uri):
-        versions = client.search_model_versions(f"name = '{model_name(concept_id)}'")
-    where = f"in the registry at {hide_password(tracking_uri)}"
-    if not versions:
-        return (
-            f"there is no concept {concept_id!r} {where}: train it first, or name another registry "
-            "with --tracking-uri"
-        )
-    numbers = ", ".join(str(number) for number in sorted(int(each.version) for each in versions))
-    kind = "version" if pointer.isdecimal() else "alias"
-    asked = f"{kind} {pointer}" if pointer else CHAMPION
-    return f"concept {concept_id!r} has no {asked} {where}: ask for one of its versions ({numbers})"
 
 
 def _load(version: RegisteredVersion, tracking_uri: str) -> Adapter:

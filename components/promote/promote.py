@@ -36,29 +36,43 @@ def judge(
 ) -> Decision:
     """Say whether a version may become champion.
 
-    Without a champion it may: there is nothing to lose. Else its figures must reach the
-    gate's minima, its identity must be nearer to the references than the class noun's alone,
-    and no figure may fall more than ``max_drop`` below the champion's. Figures are compared
-    only when the same feature models and prompts gave them.
+    Without a champion it may: there is nothing to lose. Else nothing may be against it
+    (see `failings`).
     """
     if champion is None:
         return Decision(True, ("there was no champion",))
     before = champion.version
     if champion.version == candidate.version:
         return Decision(True, (f"version {before} is the champion already",), before)
-    figures = candidate.metrics
-    missing = [name for name in _COMPARED if not math.isfinite(figures.get(name, math.nan))]
-    if missing:
-        reason = f"version {candidate.version} has no {missing[0]}: evaluate it first"
-        return Decision(False, (reason,), before)
-    against = [
-        *_below_minima(figures, gate),
-        *_no_gain(figures),
-        *_worse(candidate, champion, gate.max_drop),
-    ]
+    against = failings(candidate, champion, gate)
     if against:
         return Decision(False, tuple(against), before)
     return Decision(True, (f"it passed the gate against version {before}",), before)
+
+
+def failings(
+    version: RegisteredVersion, champion: RegisteredVersion | None, gate: GateSpec
+) -> list[str]:
+    """Say everything that the gate has against a version; nothing: it passes.
+
+    Its figures must reach the gate's minima, its identity must be nearer to the references than
+    the class noun's alone, and no figure may fall more than ``max_drop`` below the champion's (of
+    another version; None: there is none). Figures are compared only when the same feature models
+    and prompts gave them.
+    """
+    figures = version.metrics
+    missing = [name for name in _COMPARED if not math.isfinite(figures.get(name, math.nan))]
+    if missing:
+        return [
+            f"version {version.version} has no {missing[0]}: evaluate it first "
+            f"({_evaluate(version)})"
+        ]
+    worse = [] if champion is None else _worse(version, champion, gate.max_drop)
+    return [*_below_minima(figures, gate), *_no_gain(figures), *worse]
+
+
+def _evaluate(version: RegisteredVersion) -> str:
+    return f"echodistill evaluate {version.concept_id}@{version.version}"
 
 
 def _below_minima(figures: Mapping[str, float], gate: GateSpec) -> list[str]:
@@ -87,7 +101,8 @@ def _worse(candidate: RegisteredVersion, champion: RegisteredVersion, max_drop: 
         if mine != other:
             return [
                 f"versions {candidate.version} and {champion.version} were measured differently "
-                f"({mine} and {other or 'not at all'}): evaluate version {champion.version} again"
+                f"({mine} and {other or 'not at all'}): evaluate version {champion.version} again "
+                f"({_evaluate(champion)})"
             ]
     return [
         f"{name} {candidate.metrics[name]:.3f} is more than {max_drop:.3f} under the champion's "

@@ -15,7 +15,19 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from pipeline.cli import bench, check, compare, demo, generate, serve, status, submit, train
+from pipeline.cli import (
+    bench,
+    check,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    promote,
+    serve,
+    status,
+    submit,
+    train,
+)
 from pipeline.cli.interruptible import TerminatedError, abandoned
 from pipeline.cli.output import Output
 from pipeline.scratch import end_at_once
@@ -26,6 +38,9 @@ OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4
 EXTRA_OF = {
     "train": "train",
     "generate": "serve",
+    "evaluate": "serve",
+    "promote": "serve",
+    "rollback": "serve",
     "serve": "serve",
     "demo": "pipeline",
     "bench": "train",
@@ -47,6 +62,9 @@ app.command("status")(status.status)
 app.command("logs")(status.logs)
 app.command("cancel")(submit.cancel)
 app.command("retry")(submit.retry)
+app.command("evaluate")(evaluate.evaluate)
+app.command("promote")(promote.promote)
+app.command("rollback")(promote.rollback)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)

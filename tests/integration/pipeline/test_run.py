@@ -11,8 +11,10 @@ from mlflow import MlflowClient
 from components.spec import RunSpec, resolve_spec
 from components.train.lineage import trained_on
 from pipeline.base import base_settings
+from pipeline.evaluate import evaluate
 from pipeline.progress import Event
 from pipeline.run import train_prefix
+from pipeline.versions import spec_of
 
 
 def no_cluster() -> AbstractContextManager[None]:
@@ -65,12 +67,24 @@ def test_from_a_prefix_to_champions(
     counted = [event for event in events if event.stage == "train" and event.done == 2]
     assert {event.subject for event in counted} == {"my-dog", "my-robot"}
 
+    # Measured once more, by what its run knows: the figures are the same.
+    (again,) = evaluate(
+        ["my-dog"],
+        lambda version: spec_of(version, [], tracking_uri=tracking_uri),
+        concepts=None,
+        out=tmp_path / "out",
+        tracking_uri=tracking_uri,
+        progress=events.append,
+    )
+    assert again.champion and again.version.metrics == pytest.approx(dog.metrics)
+    assert again.photos.place == str(concepts / "my-dog") and not again.photos.note
+
     # Again: nothing is trained, whatever is asked of workers, ZeRO stage or pack.
     other_ways = spec_for(tiny_base, tmp_path, "train.zero_stage=1", "pack.size=1")
-    again = train_prefix(str(concepts), other_ways, cluster=no_cluster)
-    assert [r.state for r in again] == ["invalid", "already", "already"]
-    assert [r.sha256 for r in again if r.sha256] == [dog.sha256, robot.sha256]
-    assert all(r.promoted and r.iterations == 2 and r.seconds > 0 for r in again[1:])
+    twice = train_prefix(str(concepts), other_ways, cluster=no_cluster)
+    assert [r.state for r in twice] == ["invalid", "already", "already"]
+    assert [r.sha256 for r in twice if r.sha256] == [dog.sha256, robot.sha256]
+    assert all(r.promoted and r.iterations == 2 and r.seconds > 0 for r in twice[1:])
 
     # A run that was interrupted between registering and promoting is taken to its end.
     model = f"echodistill.{dog.id}"
