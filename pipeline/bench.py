@@ -49,6 +49,7 @@ class BenchSettings:
         iterations: timed, for each loop and pack size.
         warmup: done before them.
         precision: of the engine, `float32` or `bf16`; None is the preset's.
+        sets: settings of the run spec, `a.b=value`.
         resolution: side of a picture; None is the preset's.
         profile: file for the profiler's tables of one iteration each, or None.
         seconds: after so many no other pack size is begun; None: no limit.
@@ -60,6 +61,7 @@ class BenchSettings:
     iterations: int = 10
     warmup: int = 2
     precision: str | None = None
+    sets: tuple[str, ...] = ()
     resolution: int | None = None
     profile: Path | None = None
     seconds: float | None = None
@@ -74,7 +76,7 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
     """
     began = time.monotonic()
     device = _device(settings.device)
-    spec = bench_spec(settings.base, settings.resolution, settings.precision)
+    spec = bench_spec(settings.base, settings.resolution, settings.precision, settings.sets)
     document = _header(settings, spec, device)
     if settings.profile is not None:
         settings.profile.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +253,7 @@ def _header(settings: BenchSettings, spec: RunSpec, device: torch.device) -> dic
         "base": settings.base,
         **measure.environment(device),
         "precision": spec.train.precision,
+        "settings": list(settings.sets),
         "resolution": spec.resolution,
         "batch_size": spec.batch_size,
         "iterations": settings.iterations,

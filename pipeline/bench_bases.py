@@ -170,13 +170,16 @@ _STUDENT_SCHEDULE = _BETAS | {
 }
 
 
-def bench_spec(base: str, resolution: int | None, precision: str | None) -> RunSpec:
+def bench_spec(
+    base: str, resolution: int | None, precision: str | None, more: Sequence[str] = ()
+) -> RunSpec:
     """Give the run spec of a base, with its preset's settings.
 
     Args:
         base: `sd-turbo` or `sd-turbo-mini` (random weights), another preset, or a base's folder.
         resolution: in place of the preset's.
         precision: in place of the preset's.
+        more: settings `a.b=value`, which win.
 
     Raises:
         InputError: for a base or setting that there is none of.
@@ -187,7 +190,7 @@ def bench_spec(base: str, resolution: int | None, precision: str | None) -> RunS
     for key, value in (("resolution", resolution), ("train.precision", precision)):
         if value is not None:
             sets.append(f"{key}={value}")
-    return resolve_spec(preset, None, sets)
+    return resolve_spec(preset, None, [*sets, *more])
 
 
 def build_frozen(base: str, spec: RunSpec, precision: str, device: torch.device) -> Frozen:

@@ -16,6 +16,7 @@ def draw_report(console: Console, document: dict[str, Any]) -> None:
         f"{document['iterations']} iterations; {document['device_name']}, "
         f"{document['threads']} threads, torch {document['torch']}"
     )
+    words = "; ".join([words, *document["settings"]])
     console.print(words, markup=False, soft_wrap=True)
     rows = [(f"plain {row['precision']}", row) for row in document["naive"]]
     rows += [(f"pack {row['size']} {document['precision']}", row) for row in document["packs"]]

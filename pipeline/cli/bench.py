@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Debug, Json
+from pipeline.cli.options import Debug, Json, Sets
 from pipeline.cli.output import Output
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def train(
     resolution: Annotated[
         int | None, typer.Option(help="Side of a picture in pixels. Default: the preset's.")
     ] = None,
+    sets: Sets = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +73,7 @@ def train(
         iterations=iterations,
         warmup=warmup,
         precision=precision,
+        sets=tuple(sets or ()),
         resolution=resolution,
         profile=profile,
     )

@@ -46,6 +46,7 @@ def main() -> int:
         iterations=arguments.iterations,
         warmup=arguments.warmup,
         precision=arguments.precision,
+        sets=tuple(arguments.set),
         resolution=arguments.resolution,
         profile=out / "profile.txt" if arguments.profile else None,
         seconds=60 * arguments.minutes,
@@ -70,6 +71,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--precision", choices=("float32", "bf16"), help="of the engine")
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--set", action="append", default=[], help="of the run spec: views.bank=64")
     parser.add_argument(
         "--minutes", type=float, default=6.0, help="after these no other pack size is begun"
     )

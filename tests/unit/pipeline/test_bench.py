@@ -97,6 +97,7 @@ def test_a_random_base_is_the_same_every_time() -> None:
         (BenchSettings(device="tpu"), "tpu"),
         (BenchSettings(base="no-such-base", device="cpu"), "no-such-base"),
         (BenchSettings(precision="int4", device="cpu"), "int4"),
+        (BenchSettings(sets=("views.bank=0",), device="cpu"), "bank must lie in"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_starts(
