@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -247,6 +249,24 @@ def _put(path: Path, uri: str) -> None:
         shutil.copyfile(path, temporary)
 
 
+@contextmanager
+def fetched_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield a folder as a local one; from S3 the files whose names are `wanted` are fetched.
+
+    Raises InputError when it is missing, ServiceError when S3 is out of reach.
+    """
+    if not is_s3(uri):
+        yield local_path(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="echodistill-folder-") as work:
+        entries = [entry for entry in list_folder(uri) if wanted(entry.name)]
+        for entry, path in zip(entries, fetch_all(entries), strict=True):
+            target = Path(work) / entry.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        yield Path(work)
+
+
 def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
     """Return a local directory for a model: path, ``s3://`` prefix, hub id, ``pocket:<part>``.
 
@@ -311,6 +331,7 @@ __all__ = [
     "exists",
     "fetch",
     "fetch_all",
+    "fetched_folder",
     "find",
     "is_s3",
     "join",

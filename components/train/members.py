@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +55,7 @@ def load_members(job: PackJob, frozen: Frozen, checkpoint: Path | None) -> list[
         checkpoint: this run's own last checkpoint, as a local folder, or None.
 
     Raises:
-        InputError: when a state that was given by hand can't be used.
+        InputError: when a checkpoint that was given holds no state that a member can use.
 
     """
     digest = spec_digest(job.spec)
@@ -73,10 +70,9 @@ def load_members(job: PackJob, frozen: Frozen, checkpoint: Path | None) -> list[
     for place, member in enumerate(members):
         member.error = next((each[place] for each in errors if each[place]), None)
     for uri in job.states:
-        with _local(uri) as folder:
-            _take_states(members, folder, strict=True)
+        _take_given(members, uri)
     if checkpoint is not None:
-        _take_states(members, checkpoint, strict=False)
+        _take_states(members, checkpoint)
     return members
 
 
@@ -107,11 +103,27 @@ def _initial_state(member: Member, spec: RunSpec, frozen: Frozen) -> ConceptStat
     )
 
 
-def _take_states(members: Sequence[Member], folder: Path, *, strict: bool) -> None:
-    """Let members go on from the states in a folder, where those are further than their own."""
+def _take_given(members: Sequence[Member], uri: str) -> None:
+    """Take the states of a checkpoint of another run; it must serve one member at least."""
+    places = tuple(f"{prefix}{m.concept.id}/" for m in members for prefix in ("", f"{STATES}/"))
+    with store.fetched_folder(uri, lambda name: name.startswith(places)) as root:
+        folder = root / STATES if (root / STATES).is_dir() else root
+        usable, problems = _take_states(members, folder)
+    if problems and not usable:
+        raise InputError(problems[0])
+    if not usable and any(member.state is not None for member in members):
+        raise InputError(f"{uri} holds no state of this pack's concepts: give a checkpoint")
+
+
+def _take_states(members: Sequence[Member], folder: Path) -> tuple[int, list[str]]:
+    """Let members go on from the states in a folder, where those are further than their own.
+
+    Returns:
+        how many states could be used, and what was wrong with the others.
+
+    """
     found = state_folders(folder)
-    if strict and not any(member.concept.id in found for member in members):
-        raise InputError(f"{folder} holds no state of this pack's concepts: give a checkpoint")
+    usable, problems = 0, []
     for member in members:
         place = found.get(member.concept.id)
         if place is None or member.state is None:
@@ -119,12 +131,13 @@ def _take_states(members: Sequence[Member], folder: Path, *, strict: bool) -> No
         try:
             state = read_state(place, member.digest)
         except InputError as error:
-            if strict:
-                raise
-            log.warning("%s; %s starts anew", error, member.concept.id)
+            log.warning("%s; %s does not go on from it", error, member.concept.id)
+            problems.append(str(error))
             continue
+        usable += 1
         if state.iteration > member.state.iteration:
             go_on(member, state)
+    return usable, problems
 
 
 def go_on(member: Member, state: ConceptState) -> None:
@@ -144,22 +157,3 @@ def echo_of(data: ConceptData) -> tuple[torch.Tensor | None, tuple[str, ...]]:
     if not data.echo:
         return None, ()
     return torch.stack([each.image for each in data.echo]), tuple(e.prompt for e in data.echo)
-
-
-@contextlib.contextmanager
-def _local(uri: str) -> Iterator[Path]:
-    """Yield the states folder of a checkpoint, fetched when it is on S3."""
-    if not store.is_s3(uri):
-        root = store.local_path(uri)
-        yield root / STATES if (root / STATES).is_dir() else root
-        return
-    work = Path(tempfile.mkdtemp(prefix="echodistill-states-"))
-    try:
-        entries = [e for e in store.list_folder(uri) if not e.name.startswith("adapters/")]
-        for entry, path in zip(entries, store.fetch_all(entries), strict=True):
-            target = work / entry.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        yield work / STATES if (work / STATES).is_dir() else work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

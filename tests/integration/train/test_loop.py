@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,7 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
 def from_a_damaged_checkpoint(
     spec: Any, concepts: Any, half: dict[str, ConceptState]
 ) -> dict[str, Any]:
-    """Where members start from a checkpoint whose dog is cut short, and from one given by hand."""
+    """Where members start from checkpoints, their own and given ones, whose dog is of no use."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "states"
         for name, state in half.items():
@@ -125,11 +127,19 @@ def from_a_damaged_checkpoint(
         weights_file.write_bytes(weights_file.read_bytes()[:-8])
         members = loaded(spec, concepts, folder)[1]
         found: dict[str, Any] = {m.concept.id: m.state.iteration for m in members if m.state}
+        members = loaded(spec, concepts, None, (work,))[1]
+        given = {m.concept.id: m.state.iteration for m in members if m.state}
         with pytest.raises(InputError) as caught:
-            loaded(spec, concepts, None, (work,))
+            loaded(spec, concepts[:1], None, (work,))
+        # One whose photos are others by now does not keep the rest from going on.
+        shutil.rmtree(folder / "dog")
+        write_state(folder / "dog", replace(half["dog"], digest="of other photos"))
+        members = loaded(spec, concepts, None, (work,))[1]
+        stale = {m.concept.id: m.state.iteration for m in members if m.state}
         with pytest.raises(InputError) as other:
             loaded(spec.model_copy(update={"seed": 9}), concepts[1:], None, (work,))
-    return {**found, "error": str(caught.value), "other": str(other.value)}
+    told = {"error": str(caught.value), "other": str(other.value)}
+    return {"found": found, "given": given, "stale": stale, **told}
 
 
 def first_states(spec: Any, concepts: Any) -> dict[str, ConceptState]:
@@ -224,9 +234,10 @@ def test_a_state_goes_on_in_another_world(one, two, stage):
             assert_close(found, one["adamw.0"][name], one["start"][name])
 
 
-def test_a_damaged_state_is_never_taken_for_whole(one):
+def test_a_state_that_is_damaged_or_of_other_photos_is_left_out_alone(one):
     found = one["damaged"]
-    assert (found["dog"], found["robot"]) == (0, 3)
+    for name in ("found", "given", "stale"):
+        assert found[name] == {"dog": 0, "robot": 3}, name
     assert "not whole" in found["error"] and "student.safetensors" in found["error"]
     assert "other photos, settings or base" in found["other"]
 
