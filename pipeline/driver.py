@@ -19,7 +19,7 @@ from typing import Any
 
 from components.ingest import store
 from components.ingest.concept_folder import Concept, concept_digest
-from components.register.connection import hide_password
+from components.register.connection import Patience, hide_password
 from components.register.registry import find_versions
 from components.spec import spec_digest
 from model.errors import EchoDistillError, ServiceError
@@ -29,12 +29,14 @@ from pipeline.batch import Batch, load_concepts
 from pipeline.claims import Claim, Claims, Lease
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.progress import Event, Progress
-from pipeline.run import ConceptResult, already_note, from_version
+from pipeline.run import REGISTRY_SECONDS, ConceptResult, already_note, from_version
 from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states, state_of
 from pipeline.tracking import tracking_uri
 
 LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
 HELD_SECONDS = 15.0  # before a digest that another batch trains is looked at again
+AWAY_SECONDS = 60.0  # before a pack asks again for a registry or storage that is away
+START_SECONDS = 3600.0  # that a driver waits at its start for a registry that is away
 _WRITERS = 16
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Driver:
         *,
         look_seconds: float = LOOK_SECONDS,
         held_seconds: float = HELD_SECONDS,
+        away_seconds: float = AWAY_SECONDS,
+        patience_seconds: float = REGISTRY_SECONDS,
     ) -> None:
         self._batch = batch
         self._lease = lease
@@ -81,6 +85,8 @@ class Driver:
         self._stop = stop
         self._look_seconds = look_seconds
         self._held_seconds = held_seconds
+        self._away_seconds = away_seconds
+        self._patience_seconds = patience_seconds
         self._claims = Claims(batch.storage, lease)
         self._registry = tracking_uri(spec=batch.spec)
         self._concepts: dict[str, Concept] = {}
@@ -146,8 +152,9 @@ class Driver:
             for name, one in self._states.items()
             if not one.over or (failed and one.state == "failed")
         ]
-        if not batch.force:
-            already |= self._registered(rest, own)
+        if not batch.force and rest:
+            patience = Patience(START_SECONDS, self._tell_waiting, self._sleep)
+            already |= patience.ask(lambda: self._registered(rest, own))
         found["registry"] = hide_password(self._registry)
         documents.write(place, found)
         for name in rest:
@@ -161,6 +168,19 @@ class Driver:
         self._progress(
             Event("batch", batch.id, f"{count} concepts to do in {len(self._queue)} packs")
         )
+
+    def _tell_waiting(self, text: str) -> None:
+        """Say that the registry is away before anything could begin."""
+        self._progress(Event("batch", self._batch.id, text))
+        for number, ids in enumerate(self._batch.packs):
+            for name in ids:
+                if not self._states[name].over:
+                    self._set(number, name, note=text)
+        self._save()
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise ServiceError("the driver was stopped while it waited for the registry")
 
     def _registered(self, names: Sequence[str], own: str) -> dict[str, dict[str, Any]]:
         """Return what is written of the concepts that the registry has, measured and settled.
@@ -225,6 +245,7 @@ class Driver:
             digests={name: self._digests[name] for name in claims},
             earlier={name: claim.runs for name, claim in claims.items()},
             force=self._batch.force,
+            patience=self._patience_seconds,
         )
         actor = _actor(order)
         flown = replace(turn, ids=tuple(claims))
@@ -274,18 +295,32 @@ class Driver:
             flight = self._flights.pop(reference)
             turn = flight.turn
             try:
-                for result in ray.get(reference):
-                    self._settle(turn.pack, result)
+                self._take(turn, ray.get(reference))
             except RayTaskError as error:
                 cause = error.cause
-                ours = isinstance(cause, EchoDistillError)
-                self._fail(turn, str(cause) if ours else f"{type(cause).__name__}: {cause}")
+                if isinstance(cause, ServiceError | RayError):  # it may be back, or another node
+                    self._again(turn, str(cause), seconds=self._away_seconds)
+                else:
+                    ours = isinstance(cause, EchoDistillError)
+                    self._fail(turn, str(cause) if ours else f"{type(cause).__name__}: {cause}")
             except RayError as error:  # its machine or process died
-                self._again(turn, str(error).splitlines()[0][:300])
+                self._again(turn, f"its process died: {error}")
             _kill(flight.actor)
             self._release(flight.claims)
             self._requeue(turn.pack, flight.held)
             self._save()
+
+    def _take(self, turn: _Turn, results: Iterable[ConceptResult]) -> None:
+        """Take over what became of a pack; those that wait for the registry come again."""
+        waiting = []
+        for result in results:
+            if result.state == "waiting":
+                waiting.append(result.id)
+                self._set(turn.pack, result.id, state="waiting", note=result.note)
+                self._progress(Event("batch", result.id, result.note))
+            else:
+                self._settle(turn.pack, result)
+        self._requeue(turn.pack, tuple(waiting), self._away_seconds)
 
     def _settle(self, pack: int, result: ConceptResult) -> None:
         before = self._states[result.id]
@@ -307,22 +342,23 @@ class Driver:
         for name in turn.ids:
             self._settle(turn.pack, ConceptResult(name, "failed", error=error))
 
-    def _again(self, turn: _Turn, reason: str) -> None:
-        """Put a pack whose process died into the queue again, for its last checkpoint is there."""
+    def _again(self, turn: _Turn, reason: str, seconds: float = 0.0) -> None:
+        """Put a pack that broke into the queue again, for its last checkpoint is there."""
+        reason = (reason.strip().splitlines() or ["no reason given"])[0][:300]
         tries = self._batch.spec.train.max_failures
         if 0 <= tries < turn.attempt:
-            self._fail(
-                turn,
-                f"the pack's process died {turn.attempt} times ({reason}): look at the memory "
-                "of its nodes",
-            )
+            self._fail(turn, f"the pack broke {turn.attempt} times: {reason}")
             return
         self._progress(Event("batch", self._batch.run_name(turn.pack), f"once more: {reason}"))
-        self._queue.appendleft(replace(turn, attempt=turn.attempt + 1))
+        for name in turn.ids:
+            self._set(turn.pack, name, state="queued", note=f"once more: {reason}")
+        not_before = time.monotonic() + seconds
+        self._queue.appendleft(replace(turn, attempt=turn.attempt + 1, not_before=not_before))
 
-    def _requeue(self, pack: int, held: tuple[str, ...]) -> None:
+    def _requeue(self, pack: int, held: tuple[str, ...], seconds: float | None = None) -> None:
+        wait = self._held_seconds if seconds is None else seconds
         if held:
-            self._queue.append(_Turn(pack, held, not_before=time.monotonic() + self._held_seconds))
+            self._queue.append(_Turn(pack, held, not_before=time.monotonic() + wait))
 
     def _release(self, claims: Iterable[Claim]) -> None:
         def release(claim: Claim) -> None:

@@ -10,8 +10,9 @@ import copy
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
@@ -19,22 +20,33 @@ from typing import Any, NoReturn
 from components.ingest import store
 from components.ingest.cache import cache_root
 from components.ingest.concept_folder import Concept
+from components.register.connection import RegistryAwayError
 from components.register.registry import RegisteredVersion
 from components.spec import RunSpec
 from components.train.checkpoint import MANIFEST
+from components.train.finished import adapters_folder, finished
 from components.train.job import STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
-from model.errors import EchoDistillError, InputError
+from model.errors import EchoDistillError, InputError, ServiceError
 from pipeline import documents
 from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
-from pipeline.run import Assessed, ConceptResult, PackRunner, failed, relay
+from pipeline.run import (
+    REGISTRY_SECONDS,
+    Assessed,
+    ConceptResult,
+    PackRunner,
+    failed,
+    relay,
+    waiting,
+)
 from pipeline.services import quiet_libraries
 
 # Ray Train's record of the checkpoints that are whole; it rewrites it after every report.
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _LINE_SECONDS = 10.0
+_ASSESSORS = 3  # processes that may die over the measuring of one concept
 # Stages after training, as a concept's note tells them.
 _AFTERWARDS = {"register": "is registered", "evaluate": "is measured", "promote": ""}
 
@@ -51,6 +63,7 @@ class PackOrder:
         digests: of the members, by id.
         earlier: runs that trained a member before, by id; the furthest checkpoint is gone on from.
         force: train registered concepts again.
+        patience: seconds that trained concepts wait for a registry that is away.
     """
 
     spec: RunSpec
@@ -60,6 +73,7 @@ class PackOrder:
     digests: dict[str, str]
     earlier: dict[str, tuple[str, ...]]
     force: bool
+    patience: float = REGISTRY_SECONDS
 
 
 @dataclass
@@ -98,18 +112,66 @@ class PackRun:
             force=order.force,
             progress=self._say,
             listen=self._hear,
+            patience=order.patience,
         )
         try:
-            results = runner.already(order.concepts)
+            results = self._registered(runner)
             rest = [concept for concept in order.concepts if concept.id not in results]
-            if rest:
-                made = self._train(runner, rest)
-                for concept, each in zip(rest, made, strict=True):
-                    results[concept.id] = _finish(runner, concept, each)
+            for concept, made in self._made(runner, rest):
+                results[concept.id] = _settled(partial(runner.finish, concept, made), concept, made)
         finally:
             assessor.close()
             self._tidy()
         return [results[concept.id] for concept in order.concepts]
+
+    def _registered(self, runner: PackRunner) -> dict[str, ConceptResult]:
+        """Find what the registry has by now."""
+        results: dict[str, ConceptResult] = {}
+        for concept in self._order.concepts:
+            try:
+                version = runner.registered(concept)
+            except RegistryAwayError as error:
+                # It was asked when the driver started, and what other batches have trained since
+                # is found by its claim.
+                self._line(Event("train", concept.id, f"without the registry: {error}"))
+                break
+            if version is not None:
+                known = TrainedConcept(concept.id, "trained")
+                results[concept.id] = _settled(
+                    partial(runner.settle, concept, version), concept, known
+                )
+        return results
+
+    def _made(
+        self, runner: PackRunner, rest: Sequence[Concept]
+    ) -> Iterator[tuple[Concept, TrainedConcept]]:
+        """Yield the concepts that a run has finished before, then those that are trained now."""
+        before = self._finished(rest)
+        for concept in rest:
+            if concept.id in before:
+                yield concept, before[concept.id]
+        rest = [concept for concept in rest if concept.id not in before]
+        if rest:
+            yield from zip(rest, self._train(runner, rest), strict=True)
+
+    def _finished(self, concepts: Sequence[Concept]) -> dict[str, TrainedConcept]:
+        """Take over adapters that were trained and never registered: whoever did it died before."""
+        order, storage = self._order, self._order.spec.train.storage_path
+        found: dict[str, TrainedConcept] = {}
+        wanted = {concept.id: order.digests[concept.id] for concept in concepts}
+        earlier = (run for runs in order.earlier.values() for run in runs)
+        for run in dict.fromkeys((order.run_name, *earlier)):
+            left = {name: digest for name, digest in wanted.items() if name not in found}
+            try:
+                place = last_checkpoint(storage, run) if left else None
+                if place:
+                    out = adapters_folder(storage, order.run_name)
+                    found |= finished(place, left, out)
+            except InputError as error:  # it is not whole
+                self._line(Event("train", run, f"not taken over: {error}"))
+        for name in found:
+            self._line(Event("train", name, "was trained before, and only has to be registered"))
+        return found
 
     def _train(self, runner: PackRunner, rest: Sequence[Concept]) -> list[TrainedConcept]:
         storage, name = self._order.spec.train.storage_path, self._order.run_name
@@ -173,9 +235,14 @@ class PackRun:
             shutil.rmtree(cache_root() / "runs" / self._order.run_name, ignore_errors=True)
 
 
-def _finish(runner: PackRunner, concept: Concept, made: TrainedConcept) -> ConceptResult:
+def _settled(
+    settle: Callable[[], ConceptResult], concept: Concept, made: TrainedConcept
+) -> ConceptResult:
+    """Return a concept's result; what goes wrong is that concept's own."""
     try:
-        return runner.finish(concept, made)
+        return settle()
+    except RegistryAwayError as error:
+        return waiting(concept, str(error))
     except EchoDistillError as error:
         return failed(concept, made, str(error))
     except Exception as error:  # one concept's, whatever it is
@@ -229,20 +296,31 @@ class RemoteAssessor:
 
     def _ask(self, method: str, version: RegisteredVersion, concept: Concept) -> Assessed:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayActorError, RayError
 
         self._progress(Event("evaluate", concept.id, f"version {version.version}"))
-        if self._actor is None:
-            settings = self._spec.train
-            gpus = 1 if uses_cuda(settings.device) else 0
-            options = {"num_cpus": settings.cpus_per_worker or 1, "num_gpus": gpus}
-            actor = ray.remote(Assessor).options(**options)
-            self._actor = actor.remote(self._spec, self._registry, silent)
-        try:
-            answer: Assessed = ray.get(getattr(self._actor, method).remote(version, concept))
-        except RayError as error:
-            _raise_cause(error)
-        return answer
+        for _ in range(_ASSESSORS):
+            self._actor = self._actor or self._start()
+            try:
+                answer: Assessed = ray.get(getattr(self._actor, method).remote(version, concept))
+            except RayActorError:  # its machine or process died
+                self.close()
+            except RayError as error:
+                _raise_cause(error)
+            else:
+                return answer
+        raise ServiceError(
+            f"the process that measures {concept.id} died {_ASSESSORS} times: look at the memory "
+            "of its nodes"
+        )
+
+    def _start(self) -> Any:
+        import ray
+
+        settings = self._spec.train
+        gpus = 1 if uses_cuda(settings.device) else 0
+        options = {"num_cpus": settings.cpus_per_worker or 1, "num_gpus": gpus}
+        return ray.remote(Assessor).options(**options).remote(self._spec, self._registry, silent)
 
 
 def _raise_cause(error: Exception) -> NoReturn:

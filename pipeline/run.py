@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from components.ingest.concept_folder import Concept, check_prefix, concept_digest
 from components.promote.promote import Decision
+from components.register.connection import Patience, RegistryAwayError, reaching
 from components.register.registry import (
     RegisteredVersion,
     find_version_by_digest,
@@ -24,10 +25,10 @@ from components.register.registry import (
     set_tags,
 )
 from components.spec import RunSpec, spec_digest
+from components.train.delivery import TrackingSettings, deliver_late
 from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
-from components.train.tracking import TrackingSettings
 from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
@@ -35,7 +36,8 @@ from pipeline.batch import packs, sort_checked
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
 
-State = Literal["trained", "already", "failed", "invalid"]
+State = Literal["trained", "already", "failed", "invalid", "waiting"]
+REGISTRY_SECONDS = 90.0
 Cluster = Callable[[], AbstractContextManager[None]]
 Assessed = tuple[RegisteredVersion, Decision]
 # Tags of a version: what its training took.
@@ -61,7 +63,8 @@ class ConceptResult:
 
     Attributes:
         id: the concept's id.
-        state: `trained` now, `already` there, `failed`, or `invalid` (see `error`).
+        state: `trained` now, `already` there, `failed`, or `invalid` (see `error`); in a batch
+            also `waiting`, for a registry that is away (see `note`).
         version: of the registered model, or None.
         sha256: of the adapter, or None.
         seconds: training time; of the run that made it when it was there already.
@@ -173,6 +176,10 @@ def _train(
     for concept, made in zip(pack, runner.train(pack, name), strict=True):
         try:
             results[concept.id] = runner.finish(concept, made)
+        except RegistryAwayError as error:
+            raise ServiceError(
+                f"{error}; what was trained is kept: run the command again to register it"
+            ) from error
         except (InputError, ServiceError):
             raise
         except EchoDistillError as error:
@@ -215,6 +222,7 @@ class PackRunner:
         force: train registered concepts again.
         progress: listens.
         listen: hears what training says; by default `progress` does.
+        patience: seconds that a trained concept waits for a registry that is away.
     """
 
     def __init__(
@@ -226,6 +234,7 @@ class PackRunner:
         force: bool = False,
         progress: Progress = silent,
         listen: Callable[[TrainEvent], None] | None = None,
+        patience: float = REGISTRY_SECONDS,
     ) -> None:
         self._spec = spec
         self._registry = registry
@@ -233,24 +242,32 @@ class PackRunner:
         self._progress = progress
         self._listen = listen or relay(progress)
         self._assessor = assessor or Assessor(spec, registry, progress)
+        self._patience = Patience(
+            patience, lambda text: progress(Event("register", "MLflow", text))
+        )
 
     def already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
         """Find the concepts that are registered under their digest, and finish them."""
-        if self._force:
-            return {}
-        own, hashed = spec_digest(self._spec), base_hash(self._spec)
         found = {}
         for concept in concepts:
-            digest = concept_digest(concept, own, hashed)
-            version = find_version_by_digest(concept.id, digest, tracking_uri=self._registry)
-            if version is None:
-                continue
-            note = already_note(version)
-            self._progress(Event("train", concept.id, f"not again: {note}"))
-            version, decision = self._assessor.finish(version, concept)
-            result = from_version(concept, version, "already", note)
-            found[concept.id] = _decided(result, decision)
+            version = self.registered(concept)
+            if version is not None:
+                found[concept.id] = self.settle(concept, version)
         return found
+
+    def registered(self, concept: Concept) -> RegisteredVersion | None:
+        """Return the version that is registered under a concept's digest, if it is to count."""
+        if self._force:
+            return None
+        digest = concept_digest(concept, spec_digest(self._spec), base_hash(self._spec))
+        return find_version_by_digest(concept.id, digest, tracking_uri=self._registry)
+
+    def settle(self, concept: Concept, version: RegisteredVersion) -> ConceptResult:
+        """Do what an interrupted run left undone of a registered concept."""
+        note = already_note(version)
+        self._progress(Event("train", concept.id, f"not again: {note}"))
+        settled, decision = self._patience.ask(lambda: self._assessor.finish(version, concept))
+        return _decided(from_version(concept, settled, "already", note), decision)
 
     def train(
         self, pack: Sequence[Concept], run_name: str, states: Sequence[str] = ()
@@ -266,7 +283,7 @@ class PackRunner:
             pack,
             bases=BasePaths.from_spec(spec),
             run_name=run_name,
-            tracking=TrackingSettings(self._registry, spec.tracking.experiment),
+            tracking=self._tracking,
             states=states,
             progress=self._listen,
         )
@@ -274,27 +291,41 @@ class PackRunner:
         return trained
 
     def finish(self, concept: Concept, made: TrainedConcept) -> ConceptResult:
-        """Register, evaluate and promote one adapter."""
-        if made.adapter_dir is None:
+        """Register, evaluate and promote one adapter.
+
+        Raises:
+            RegistryAwayError: when the registry is away for longer than one waits; whoever calls
+                again goes on where it was.
+        """
+        folder, ask = made.adapter_dir, self._patience.ask
+        if folder is None:
             return failed(concept, made, made.error or "training gave no adapter")
         self._progress(Event("register", concept.id))
-        version = register_adapter(
-            made.adapter_dir,
-            concept,
-            tracking_uri=self._registry,
-            run_id=made.run_id,
-            force=self._force,
+        run_id = ask(lambda: self._log_late(made, folder)) if made.unlogged else made.run_id
+        version = ask(
+            lambda: register_adapter(
+                folder, concept, tracking_uri=self._registry, run_id=run_id, force=self._force
+            )
         )
-        set_tags(version, _took(made), tracking_uri=self._registry)
-        version, decision = self._assessor.assess(version, concept, made.adapter_dir)
+        ask(lambda: set_tags(version, _took(made), tracking_uri=self._registry))
+        measured, decision = ask(lambda: self._assessor.assess(version, concept, folder))
         result = replace(
-            from_version(concept, version, "trained"),
+            from_version(concept, measured, "trained"),
             seconds=made.seconds,
             gpu_seconds=made.gpu_seconds,
             cost=made.cost,
-            run_id=made.run_id,
+            run_id=run_id,
         )
         return _decided(result, decision)
+
+    def _log_late(self, made: TrainedConcept, folder: Path) -> str | None:
+        """Tell MLflow what it has missed of a training; returns the run's id."""
+        with reaching(self._registry):
+            return deliver_late(self._tracking, made.unlogged, folder)
+
+    @property
+    def _tracking(self) -> TrackingSettings:
+        return TrackingSettings(self._registry, self._spec.tracking.experiment)
 
 
 def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
@@ -309,6 +340,12 @@ def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
         run_id=made.run_id,
         concept=concept,
     )
+
+
+def waiting(concept: Concept, error: str) -> ConceptResult:
+    """Say that a trained concept waits for its registry."""
+    note = f"trained, waits for the registry: {error}"
+    return ConceptResult(concept.id, "waiting", note=note, concept=concept)
 
 
 def _took(made: TrainedConcept) -> dict[str, str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 State = Literal[
     "invalid",  # left out when it was submitted: `error` lists its problems
     "queued",  # waits for its turn, or for room in the cluster
-    "waiting",  # another batch trains the same digest
+    "waiting",  # for another batch, which trains the same digest, or for the registry: see `note`
     "training",
     "trained",
     "already",  # the registry had it

@@ -30,6 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.services import mlflow_process
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 AWS_NAMES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
@@ -125,6 +127,15 @@ def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "mlflow.db"
     SqlAlchemyStore(f"sqlite:///{path}", str(folder / "artifacts")).engine.dispose()
     return path
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real `mlflow server` that also serves artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    shutil.copyfile(mlflow_template, folder / "mlflow.db")
+    with mlflow_process(folder / "mlflow.db", folder) as url:
+        yield url
 
 
 @pytest.fixture

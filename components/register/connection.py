@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from components.ingest.cache import disk_error
 from model.errors import EchoDistillError, InputError, ServiceError
@@ -18,10 +19,14 @@ DEFAULT_EXPERIMENT = "echodistill"
 _LIMITS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",  # who must wait longer has patience (below)
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # Standard output belongs to whoever asked: a command may write one JSON document there.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 20.0  # seconds between two tries
+T = TypeVar("T")
 
 # What the HTTP library says inside a long report of its own, the more special first.
 _NO_CONNECTION = {
@@ -29,8 +34,59 @@ _NO_CONNECTION = {
     "NameResolutionError": "no such host",
     "timed out": "it timed out",
     "SSLError": "its certificate is not accepted",
+    "Connection aborted": "the connection broke",
+    "RemoteDisconnected": "the connection broke",
+    "IncompleteRead": "the connection broke",
+    "too many 503": "it answers 503",
     "Max retries exceeded": "no connection",
 }
+
+
+class RegistryAwayError(ServiceError):
+    """The MLflow server does not answer: what was to be told to it waits."""
+
+
+class Patience:
+    """Waits for an MLflow server that is away, ever longer, and no longer than so many seconds.
+
+    What was waited counts for all that is asked, until the server answers again: of many concepts
+    one alone waits.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        say: Callable[[str], None],
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """Wait at most `seconds`; `say` hears of each wait, and `sleep` waits."""
+        self._seconds = seconds
+        self._say = say
+        self._sleep = sleep
+        self._since: float | None = None
+
+    def ask(self, what: Callable[[], T]) -> T:
+        """Return what `what` returns, asked again while the server is away.
+
+        Raises:
+            RegistryAwayError: when it stayed away; `what` is asked once at least.
+        """
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                answer = what()
+            except RegistryAwayError as error:
+                now = time.monotonic()
+                self._since = self._since or now
+                left = self._seconds - (now - self._since)
+                if left <= 0:
+                    raise
+                self._say(f"waits {min(pause, left):.0f} s: {error}")
+                self._sleep(min(pause, left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._since = None
+                return answer
 
 
 def connect(tracking_uri: str) -> Any:
@@ -91,7 +147,7 @@ def reaching(tracking_uri: str) -> Iterator[None]:
             ) from error
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise InputError(f"{where} refused a request: {reason}") from error
-        raise ServiceError(
+        raise RegistryAwayError(
             f"{where} did not answer ({reason}): check that it runs and can be reached"
         ) from error
 

@@ -88,13 +88,14 @@ def register_adapter(
     client = connect(tracking_uri)
     with reaching(tracking_uri):
         name = _registered_model(client, concept)
-        known = [] if force else _versions_of_digest(client, name, digest)
+        known = _versions_of_digest(client, name, digest)
+        if force:  # then what this very run has made counts alone: its answer may have got lost
+            known = [v for v in known if run_id and v.run_id == run_id]
         if known:
             kept = known[0]
         else:
             kept = _new_version(client, tracking_uri, name, adapter, Path(adapter_dir), run_id)
-            if not force:
-                kept = _keep_lowest(client, kept, digest)
+            kept = _keep_lowest(client, kept, digest, kept.run_id if force else None)
         client.set_registered_model_alias(name, CANDIDATE, str(kept.version))
     return kept
 
@@ -237,14 +238,22 @@ def _requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in _NEEDS]
 
 
-def _keep_lowest(client: Any, mine: RegisteredVersion, digest: str) -> RegisteredVersion:
-    """Return the lowest version of a digest; when that is not mine, mine is deleted.
+def _keep_lowest(
+    client: Any, mine: RegisteredVersion, digest: str, run_id: str | None
+) -> RegisteredVersion:
+    """Return the lowest version of a digest (of a run); when that is not mine, mine is deleted.
 
     Numbers only grow, so whoever has a higher one sees the lower: all keep the same one.
     """
-    lowest = _versions_of_digest(client, mine.name, digest)[0]
+    every = _versions_of_digest(client, mine.name, digest)
+    lowest = next(v for v in every if run_id is None or v.run_id == run_id)
     if lowest.version != mine.version:
-        client.delete_model_version(mine.name, str(mine.version))
+        try:
+            client.delete_model_version(mine.name, str(mine.version))
+        except Exception as error:
+            # It is gone: the answer to a first try got lost, and MLflow asked again by itself.
+            if code_of(error) != "RESOURCE_DOES_NOT_EXIST":
+                raise
     return lowest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec, spec_digest
-from components.train.tracking import TrackingSettings
+from components.train.delivery import Entry, TrackingSettings
 
 # What a checkpoint folder holds; the last two only in a run's last one.
 STATES = "states"
@@ -85,6 +85,7 @@ class TrainedConcept:
         losses: the last losses by name.
         error: why it failed, or None.
         run_id: its MLflow run, or None.
+        unlogged: what its MLflow run still has to be told (see `delivery.py`).
 
     """
 
@@ -100,6 +101,7 @@ class TrainedConcept:
     losses: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     run_id: str | None = None
+    unlogged: tuple[Entry, ...] = ()
 
 
 def pack_name(spec: RunSpec, concepts: Sequence[Concept]) -> str:

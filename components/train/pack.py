@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.ingest import store
-from components.ingest.cache import cache_root, disk_error
+from components.ingest.cache import disk_error
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
+from components.train.delivery import TrackingSettings
+from components.train.finished import adapters_folder, read_results
 from components.train.job import (
-    ADAPTERS,
-    RESULTS,
     BasePaths,
     PackJob,
     TrainedConcept,
     pack_name,
 )
 from components.train.progress import TrainEvent, make_board, relayed
-from components.train.tracking import TrackingSettings
 from model import errors
 from model.errors import EchoDistillError, InputError, ServiceError
 
@@ -101,7 +96,7 @@ def train_pack(
         _end(board)
     if isinstance(checkpoint, str):
         return [TrainedConcept(concept.id, "failed", error=checkpoint) for concept in concepts]
-    return _results(checkpoint, concepts, _adapters_folder(storage, name))
+    return _results(checkpoint, concepts, adapters_folder(storage, name))
 
 
 def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
@@ -212,35 +207,9 @@ def _absolute(uri: str) -> str:
     return uri if store.is_s3(uri) else str(store.local_path(uri).resolve())
 
 
-def _adapters_folder(storage: str, name: str) -> Path:
-    root = cache_root() / "runs" if store.is_s3(storage) else Path(storage)
-    return root / name / ADAPTERS
-
-
 def _results(checkpoint: Any, concepts: Sequence[Concept], out: Path) -> list[TrainedConcept]:
     """Read the last checkpoint's results and put its adapters in place."""
     if checkpoint is None:
         raise EchoDistillError("training ended without a result: see the workers' log")
     with checkpoint.as_directory() as folder:
-        written = json.loads((Path(folder) / RESULTS).read_text())
-        results = []
-        for concept in concepts:
-            facts = written[concept.id]
-            source = Path(folder) / ADAPTERS / concept.id
-            place = _place(source, out / concept.id) if facts["state"] == "trained" else None
-            results.append(TrainedConcept(id=concept.id, adapter_dir=place, **facts))
-    return results
-
-
-def _place(source: Path, target: Path) -> Path:
-    """Copy a folder to its place; it appears there whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        shutil.copytree(source, work / "new")
-        if target.exists():
-            os.rename(target, work / "old")
-        os.rename(work / "new", target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+        return read_results(Path(folder), [concept.id for concept in concepts], out)

@@ -59,10 +59,14 @@ class _Board:
 
 
 def make_board() -> Any:
-    """Start the actor; it ends when its last handle goes."""
+    """Start the actor, on this process's node; it ends when its last handle goes."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(_Board).options(num_cpus=0, max_restarts=0).remote()
+    # On another node it could die alone, and the workers would find nobody to talk to.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    return ray.remote(_Board).options(**options).remote()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from components.ingest.store import resolve_model
 from components.spec import spec_yaml
 from components.train import ranks
 from components.train.checkpoint import ConceptState, write_state
+from components.train.delivery import Entry, read_unlogged, write_unlogged
 from components.train.engines import start_deepspeed
 from components.train.export import PREVIEW_PROMPTS, export_adapters
 from components.train.job import (
@@ -72,13 +73,13 @@ def _train(job: PackJob) -> None:
     device = _prepare(job)
     start_deepspeed(device)
     try:
-        run = ranks.all_or_none(lambda: _load(job, device))
+        run, unlogged = ranks.all_or_none(lambda: _load(job, device))
     except EchoDistillError as error:
         # The same for every restart, so nothing is raised: the caller raises it.
         if ranks.rank() == 0:
             _give_up(job, error)
         return
-    watcher = run.watcher = RayWatcher(job, run)
+    watcher = run.watcher = RayWatcher(job, run, unlogged)
     watcher.begin()
     train_members(run)
     watcher.end()
@@ -148,18 +149,20 @@ def _prepare(job: PackJob) -> torch.device:
     return torch.device("cpu")
 
 
-def _load(job: PackJob, device: torch.device) -> Run:
+def _load(job: PackJob, device: torch.device) -> tuple[Run, list[Entry]]:
+    """Load everything; returns the run, and what its last worker could not log."""
     spec = job.spec
     dtype = _DTYPES[spec.train.precision]
     frozen = load_frozen(job.bases, dtype, device, spec.resolution, spec.train.checkpointing)
     with _own_checkpoint() as folder:
-        members = load_members(job, frozen, folder)
-    return Run(spec, frozen, members)
+        members = load_members(job, frozen, folder and folder / STATES)
+        unlogged = read_unlogged(folder) if folder else []
+    return Run(spec, frozen, members), unlogged
 
 
 @contextlib.contextmanager
 def _own_checkpoint() -> Iterator[Path | None]:
-    """Yield the states of this run's last checkpoint as a local folder, or None."""
+    """Yield this run's last checkpoint as a local folder, or None."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -167,20 +170,20 @@ def _own_checkpoint() -> Iterator[Path | None]:
         yield None
         return
     with checkpoint.as_directory() as folder:
-        yield Path(folder) / STATES
+        yield Path(folder)
 
 
 class RayWatcher(Watcher):
     """Tells the caller, MLflow and Ray Train what the loop does; rank 0 alone speaks."""
 
-    def __init__(self, job: PackJob, run: Run) -> None:
-        """Start tracking."""
+    def __init__(self, job: PackJob, run: Run, unlogged: list[Entry]) -> None:
+        """Start tracking, with what an earlier worker could not log."""
         self._job = job
         self._run = run
         self._first = ranks.rank() == 0
         self._tracker: Tracker | None = None
         if self._first and job.tracking is not None:
-            self._tracker = Tracker(job.tracking, job.run_name)
+            self._tracker = Tracker(job.tracking, job.run_name, unlogged)
         self._total = total_iterations(job.spec)
         self._last_checkpoint = time.monotonic()
 
@@ -265,6 +268,7 @@ class RayWatcher(Watcher):
         with tempfile.TemporaryDirectory(prefix="echodistill-") as work:
             if self._first:
                 self._write_states(Path(work))
+                self._write_unlogged(Path(work))
             self._report(Path(work))
         self._last_checkpoint = time.monotonic()
 
@@ -281,6 +285,7 @@ class RayWatcher(Watcher):
                     each["run_id"] = run_ids.get(member.concept.id)
                     if member.state is not None:
                         each |= self._figures(member.state)
+                self._write_unlogged(folder)
                 (folder / RESULTS).write_text(json.dumps(facts))
             self._report(folder)
 
@@ -302,6 +307,10 @@ class RayWatcher(Watcher):
         for member in self._run.members:
             if member.state is not None and member.state.iteration:
                 write_state(folder / STATES / member.concept.id, member.state)
+
+    def _write_unlogged(self, folder: Path) -> None:
+        if self._tracker:
+            write_unlogged(folder, self._tracker.unlogged())
 
     def _report(self, folder: Path) -> None:
         import ray.train

@@ -1,18 +1,11 @@
-"""A tiny trained-looking adapter and a real MLflow server, once a session."""
+"""A tiny trained-looking adapter."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 
 from components.ingest.concept_folder import Concept, check_prefix, concept_digest
@@ -69,41 +62,3 @@ def make_adapter(tiny: TinyPaths, pair: BasePair, concept: Concept, tmp_path: Pa
         return folder
 
     return make
-
-
-@pytest.fixture(scope="session")
-def mlflow_server(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real `mlflow server` that also serves artifacts."""
-    folder = tmp_path_factory.mktemp("mlflow-server")
-    database = folder / "mlflow.db"
-    database.write_bytes(mlflow_template.read_bytes())
-    log = folder / "log.txt"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", "0"]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        yield _url_in(log, process)
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-
-
-def _url_in(log: Path, process: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        found = re.search(r"running on (http://127\.0\.0\.1:[1-9]\d*)", log.read_text())
-        if found:
-            try:
-                if requests.get(f"{found[1]}/health", timeout=2).ok:
-                    return found[1]
-            except requests.ConnectionError:
-                pass
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())
