@@ -13,14 +13,13 @@ from PIL import Image
 
 from components.ingest.concept_folder import load_images
 from components.ingest.store import resolve_model
-from components.register.connection import connect, reaching
 from components.register.registry import fetch_adapter, get_version
 from components.spec import RunSpec
-from components.train.loop import LOSS
 from model.adapter import load_adapter, prompt_for
 from model.base_pair import load_base_pair
 from model.sampler import draw, draw_teacher
 from model.views import square
+from pipeline.curves import curves_of
 from pipeline.progress import Event, Progress
 from pipeline.run import ConceptResult
 from pipeline.tracking import tracking_uri
@@ -107,16 +106,4 @@ def save_references(result: ConceptResult, folder: Path, side: int = 256) -> lis
 
 def loss_curves(result: ConceptResult, spec: RunSpec) -> dict[str, list[tuple[int, float]]]:
     """Read a concept's losses back from its MLflow run: (iteration, value) by name."""
-    if result.run_id is None:
-        return {}
-    registry = tracking_uri(spec=spec)
-    client = connect(registry)
-    with reaching(registry):
-        names = client.get_run(result.run_id).data.metrics
-        curves = {}
-        for name in names:
-            if name.startswith(LOSS):
-                history = client.get_metric_history(result.run_id, name)
-                points = sorted((point.step, point.value) for point in history)
-                curves[name.removeprefix(LOSS)] = points
-    return curves
+    return {} if result.run_id is None else curves_of(result.run_id, tracking_uri(spec=spec))

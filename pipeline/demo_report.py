@@ -14,6 +14,8 @@ from components.evaluate.evaluate import BEFORE
 from components.ingest.cache import replacing
 from components.spec import RunSpec
 from pipeline.report import (
+    LOSSES,
+    METRICS,
     ConceptSection,
     Picture,
     Report,
@@ -25,16 +27,6 @@ from pipeline.run import ConceptResult
 
 if TYPE_CHECKING:
     from pipeline.demo import ConceptOutcome
-
-METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
-LOSSES = {
-    "rec": "L_rec: teacher learns the references",
-    "mse": "L_mse: student against teacher, latent",
-    "id": "L_id: identity",
-    "perc": "L_perc: perceptual",
-    "adv": "L_adv: student against discriminators",
-    "disc": "L_D: discriminators",
-}
 
 
 def write_results(

@@ -13,6 +13,17 @@ from PIL import Image, ImageDraw, ImageOps
 
 from components.ingest.cache import replacing
 
+# What a person calls the figures and losses that programs name shortly.
+METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
+LOSSES = {
+    "rec": "L_rec: teacher learns the references",
+    "mse": "L_mse: student against teacher, latent",
+    "id": "L_id: identity",
+    "perc": "L_perc: perceptual",
+    "adv": "L_adv: student against discriminators",
+    "disc": "L_D: discriminators",
+}
+
 # A curve is drawn in a box of this size (SVG user units), inside margins for its labels.
 CHART_WIDTH, CHART_HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
@@ -50,14 +61,34 @@ class ConceptSection:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """A table at a report's head: titles, and a row a concept, which begins with its id."""
+
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """A whole report. `facts` are label and value pairs, shown at its head."""
+    """A whole report.
+
+    Attributes:
+        title: its headline.
+        introduction: a sentence or two.
+        facts: label and value pairs, shown at its head.
+        sections: of the concepts.
+        footnotes: sentences at its end.
+        summary: a table of all concepts, or None.
+        failures: concept, and why it failed and what to do.
+    """
 
     title: str
     introduction: str
     facts: tuple[tuple[str, str], ...]
     sections: tuple[ConceptSection, ...]
     footnotes: tuple[str, ...] = ()
+    summary: Summary | None = None
+    failures: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,7 +203,8 @@ def render(report: Report) -> str:
     environment.filters["data_uri"] = data_uri
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, charts=charts(report.sections))
+    shown = {section.id for section in report.sections}
+    return template.render(report=report, charts=charts(report.sections), shown=shown)
 
 
 def write_report(report: Report, path: Path) -> None:

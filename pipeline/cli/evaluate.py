@@ -10,6 +10,7 @@ import typer
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
+from pipeline.report import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.evaluate import Evaluated, SpecOf
 
 LOG = Path("runs/logs/evaluate.txt")
-_FIGURES = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
 
 
 def evaluate(
@@ -116,15 +116,15 @@ def _table(members: list[Evaluated]) -> Any:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for title in ("version", "", *_FIGURES.values(), "gate"):
-        right = title in _FIGURES.values()
+    for title in ("version", "", *METRICS.values(), "gate"):
+        right = title in METRICS.values()
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for one in members:
         figures = one.found.figures()
         table.add_row(
             Text(_name(one)),
             "champion" if one.champion else "",
-            *(f"{figures[name]:.3f} ({figures[f'before_{name}']:.3f})" for name in _FIGURES),
+            *(f"{figures[name]:.3f} ({figures[f'before_{name}']:.3f})" for name in METRICS),
             Text("passed") if one.passed else Text("; ".join(one.against), style="red"),
         )
     return table

@@ -44,6 +44,7 @@ EXTRA_OF = {
     "serve": "serve",
     "demo": "pipeline",
     "bench": "train",
+    "status": "pipeline",
     "submit": "train",
     "retry": "train",
     "cancel": "train",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Address, BatchName, Debug, Json, Storage
+from pipeline.cli.options import Address, BatchName, Debug, Json, Storage, TrackingUri
 from pipeline.cli.output import Output
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.batch import Batch
     from pipeline.state import BatchStatus, ConceptState
 
+LOG = Path("runs/logs/status.txt")
 WATCH_SECONDS = 3.0
 _GOOD = ("trained", "already", "training", "queued", "waiting")
 
@@ -30,6 +32,16 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Draw it anew until the batch is over.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Write an HTML page: every concept with pictures (from the registry), figures, "
+            "time and cost.",
+        ),
+    ] = None,
+    tracking_uri: TrackingUri = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,6 +56,8 @@ def status(
     found = view.read()
     if watch:
         found = _watch(output, view, found)
+    if report is not None:
+        _write_report(output, found, report, tracking_uri)
     show(output, found)
     raise typer.Exit(1 if any(one.error for one in found.concepts) or found.error else 0)
 
@@ -114,6 +128,19 @@ def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
 def draw(console: Console, concepts: Sequence[ConceptState]) -> None:
     """Draw concepts as a table."""
     console.print(_table(concepts))
+
+
+def _write_report(output: Output, found: BatchStatus, path: Path, tracking_uri: str | None) -> None:
+    from model.errors import InputError
+    from pipeline.batch_report import told_of, write_batch_report
+    from pipeline.tracking import registry_to_read
+
+    if path.is_dir():
+        raise InputError(f"--report {path} is a folder: name a file in it, such as report.html")
+    registry = registry_to_read(tracking_uri or found.registry or found.batch.registry)
+    with output.noise_to(LOG):
+        write_batch_report(told_of(found, registry), path)
+    output.say(f"{path}   # the report")
 
 
 def _uri(given: str | None, storage: str | None) -> str:
