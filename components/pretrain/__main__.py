@@ -43,20 +43,41 @@ def train(
     seconds: Annotated[float, typer.Option(help="Stop after this long, to go on later.")] = 1e9,
     device: Device = _DEVICE,
     dry: Annotated[bool, typer.Option(help="A few steps of everything, to try the code.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the recipe: teacher_steps=60000.")
+    ] = None,
 ) -> None:
     """Train the stages that are left; killed or out of time, the same command goes on."""
-    from components.pretrain.recipe import DRY, JUDGE, STAGES, Kitchen, Recipe
+    from components.pretrain.recipe import DRY, JUDGE, STAGES, Kitchen, Recipe, adjusted
     from components.pretrain.training import Clock, OutOfTime
 
     _built_world(work)
-    state = work / ("state-dry" if dry else "state")
-    kitchen = Kitchen(DRY if dry else Recipe(), work / "world", state, Clock(seconds), device)
+    state = _state(work, dry)
+    recipe = adjusted(DRY if dry else Recipe(), sets or ())
+    kitchen = Kitchen(recipe, work / "world", state, Clock(seconds), device)
     for stage in [s for s in stages.split(",") if s] or (*STAGES, JUDGE):
         try:
             kitchen.cook(stage)
         except OutOfTime as stop:
             typer.echo(f"Out of time at {stop}; run the same command again to go on.")
             raise typer.Exit(1) from None
+
+
+@app.command("take-shipped")
+def take_shipped(
+    work: Work = _WORK,
+    anew: Annotated[
+        str, typer.Option(help="Stages to train, comma-separated.")
+    ] = "teacher,student",
+    dry: Annotated[bool, typer.Option(help="For `train --dry`.")] = False,
+) -> None:
+    """Take the shipped networks over, so that `train` trains some stages and keeps the others."""
+    from components.pretrain.pair import shipped_pair
+    from components.pretrain.recipe import take_over
+
+    state = _state(work, dry)
+    take_over(state, shipped_pair().networks(), [name for name in anew.split(",") if name])
+    typer.echo(f"{state}")
 
 
 @app.command()
@@ -115,6 +136,10 @@ def export_the_judge(
     export_judge(work / "state", work / "downloads", out)
     write_truth(World(work / "world", "cpu", held_out=True), truth)
     typer.echo(f"{out} {truth}")
+
+
+def _state(work: Path, dry: bool) -> Path:
+    return work / ("state-dry" if dry else "state")
 
 
 def _built_world(work: Path) -> None:

@@ -22,12 +22,23 @@ def predict(net: Any, z: Tensor, t: Tensor, text: Tensor, dtype: torch.dtype) ->
 
 
 def train_teacher(
-    stage: Stage, data: LatentSet, dtype: torch.dtype, batch: int, compiled: bool
+    stage: Stage,
+    data: LatentSet,
+    dtype: torch.dtype,
+    batch: int,
+    compiled: bool,
+    start: dict[str, Tensor] | None = None,
 ) -> Trainee:
-    """Denoising with v-prediction, 10 % of the captions left out for guidance."""
+    """Denoising with v-prediction, 10 % of the captions left out for guidance.
+
+    `start` holds the weights of an earlier teacher to begin from.
+    """
     dev = data.latents.device
     torch.manual_seed(4)
-    trainee = Trainee(networks.unet(), dev, dtype, (0.9, 0.99), 0.01, ema=0.9993)
+    unet = networks.unet()
+    if start is not None:
+        unet.load_state_dict(start)
+    trainee = Trainee(unet, dev, dtype, (0.9, 0.99), 0.01, ema=0.9993)
     stage.resume({"teacher": trainee})
     net: Any = torch.compile(trainee.net) if compiled else trainee.net
     gen = torch.Generator(dev).manual_seed(66)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,22 @@ DRY = Recipe(
 )
 
 
+def adjusted(recipe: Recipe, sets: Iterable[str]) -> Recipe:
+    """Give a recipe with some `name=number` settings in place of its own.
+
+    Raises:
+        InputError: for a name that it has none of, or something that is no whole number.
+    """
+    known = [field.name for field in fields(recipe) if field.name != "compiled"]
+    for text in sets:
+        name, _, value = text.partition("=")
+        if name not in known or not value.isdecimal() or int(value) < 1:
+            raise InputError(f"--set {text!r} must be name=number with one of {', '.join(known)}.")
+        setting: dict[str, Any] = {name: int(value)}
+        recipe = replace(recipe, **setting)
+    return recipe
+
+
 class Kitchen:
     """One call of the trainer: the world, the device, the recipe and the state folder."""
 
@@ -134,8 +150,9 @@ class Kitchen:
 
     def _teacher(self) -> nn.Module:
         r, stage = self.recipe, self._stage("teacher", self.recipe.teacher_steps)
+        start = load_file(started(self.state)) if started(self.state).exists() else None
         trainee = diffusion.train_teacher(
-            stage, self._data(), self.dtype, r.teacher_batch, r.compiled
+            stage, self._data(), self.dtype, r.teacher_batch, r.compiled, start
         )
         teacher: nn.Module = trainee.averaged()
         return teacher
@@ -178,6 +195,31 @@ class Kitchen:
 def finished(state: Path, name: str) -> Path:
     """Where a finished network lies, float32."""
     return state / f"final_{name}.safetensors"
+
+
+def started(state: Path) -> Path:
+    """Where the teacher lies that training starts from, float32, when it does not start anew."""
+    return state / "start_teacher.safetensors"
+
+
+def take_over(state: Path, networks_by_name: dict[str, Any], anew: Sequence[str]) -> None:
+    """Put finished networks into `state`, so that only the stages `anew` are left to train.
+
+    A teacher among these starts where the given one is; a student always starts at its teacher.
+
+    Raises:
+        InputError: for a stage that there is none of, or a state folder that holds something.
+    """
+    unknown = [name for name in anew if name not in networks_by_name]
+    if unknown or not anew:
+        raise InputError(f"--anew takes some of {', '.join(networks_by_name)}.")
+    if state.exists() and any(state.iterdir()):
+        raise InputError(f"{state} holds a training already: give another --work, or remove it.")
+    for name, network in networks_by_name.items():
+        if name not in anew:
+            write_tensors(finished(state, name), network.state_dict())
+        elif name == "teacher":
+            write_tensors(started(state), network.state_dict())
 
 
 def load_network(state: Path, name: str) -> Any:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from components.pretrain.__main__ import app
 from components.pretrain.latents import Noising
 from components.pretrain.networks import alphas_cumprod
-from components.pretrain.recipe import STAGES, finished, load_network
+from components.pretrain.pair import shipped_pair
+from components.pretrain.recipe import STAGES, Recipe, adjusted, finished, load_network
 from components.pretrain.training import Clock, OutOfTime, Stage, Trainee, cosine
 from components.pretrain.vision import sinkhorn, train_clip
 from components.pretrain.world import World
@@ -250,3 +251,28 @@ def test_wrong_calls_are_told_what_to_do(
 def test_without_a_world_the_first_command_is_named(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["train", "--work", str(tmp_path)])
     assert isinstance(answer.exception, InputError) and "build-world" in str(answer.exception)
+
+
+def test_the_shipped_pair_is_trained_further(tmp_path: Path, world_folder: Path) -> None:
+    (tmp_path / "world").symlink_to(world_folder)
+    at = ["--work", str(tmp_path), "--dry"]
+    taken = CliRunner().invoke(app, ["take-shipped", *at])
+    assert taken.exit_code == 0, taken.output
+    twice = CliRunner().invoke(app, ["take-shipped", *at])
+    assert isinstance(twice.exception, InputError) and "holds a training" in str(twice.exception)
+    made = CliRunner().invoke(app, ["train", *at, "--device", "cpu", "--set", "teacher_steps=1"])
+    assert made.exit_code == 0, made.output
+    state, pair = tmp_path / "state-dry", shipped_pair()
+    assert not (state / "vae.json").exists()  # kept, not trained
+    assert json.loads((state / "teacher.json").read_text())["step"] == 1
+    for name in ("vae", "teacher"):
+        shipped = pair.networks()[name].state_dict()
+        for key, value in load_network(state, name).state_dict().items():
+            assert torch.allclose(value, shipped[key], atol=1e-5), key
+
+
+@pytest.mark.parametrize("wrong", ["teacher_step=5", "latents=many", "compiled=1", "vit_batch=0"])
+def test_a_recipe_takes_whole_numbers_of_its_own_names(wrong: str) -> None:
+    assert adjusted(Recipe(), ["latents=5", "latents=7"]).latents == 7
+    with pytest.raises(InputError, match="one of clip_steps"):
+        adjusted(Recipe(), [wrong])
