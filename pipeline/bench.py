@@ -23,6 +23,7 @@ import torch
 from components.spec import RunSpec
 from components.train.engines import start_deepspeed
 from components.train.job import total_iterations
+from components.train.memory import is_out_of_memory, release
 from model.errors import InputError
 from model.iteration import Frozen
 from pipeline import bench_measure as measure
@@ -90,7 +91,7 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
         bench.naive(frozen, "float32")
         if spec.train.precision != "float32":
             del frozen
-            measure.release(device)
+            release(device)
             frozen = bench.build(spec.train.precision)
             bench.naive(frozen, spec.train.precision)
         bench.series(frozen, None if settings.seconds is None else began + settings.seconds)
@@ -169,7 +170,7 @@ class _Bench:
             finally:
                 runner.free()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             message = f"out of memory: {str(error).splitlines()[0]}"
         else:
@@ -177,7 +178,7 @@ class _Bench:
             result["speedup"] = round(slow / fast, 3)
             self.document["packs"].append(result)
             self.say(f"pack of {size}", f"{fast:.1f} ms per iteration and concept")
-        measure.release(self.device)  # here, where the error and its frames are gone
+        release(self.device)  # here, where the error and its frames are gone
         if message:
             self.say(f"pack of {size}", message)
         return message
@@ -233,12 +234,6 @@ class _Bench:
 
     def _photos(self, frozen: Frozen) -> Photos:
         return Photos(self.work, frozen)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell an allocation that failed, torch's own or one inside a library, from other errors."""
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _next_size(fits: int, fails: int) -> int | None:

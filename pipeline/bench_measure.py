@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import resource
 import statistics
@@ -122,13 +121,6 @@ def count_flops(function: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         function()
     return int(counter.get_total_flops())
-
-
-def release(device: torch.device) -> None:
-    """Give back the memory of what nobody refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:

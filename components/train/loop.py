@@ -7,6 +7,7 @@ built from the members' states, so a state can always go on anywhere.
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,11 +34,13 @@ from components.train.job import (
     taking_part,
     total_iterations,
 )
-from components.train.members import Member, echo_of
+from components.train.members import Member, echo_of, go_on
+from components.train.memory import is_out_of_memory, release
+from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
-from model.echo import EchoRound, echo_round
+from model.echo import echo_round
 from model.iteration import (
     Frozen,
     StudentLoss,
@@ -49,52 +52,12 @@ from model.iteration import (
 )
 from model.view_bank import with_bank
 
-LOSS = "loss/"
-NORM = "grad_norm/"
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Block:
-    """What happened in some iterations of a segment.
-
-    Attributes:
-        first: the first of its iterations.
-        names: of the values.
-        values: [T, K, N] on the CPU, averaged over the ranks; T iterations, K names, N members.
-        seconds: that it took.
-
-    """
-
-    first: int
-    names: tuple[str, ...]
-    values: torch.Tensor
-    seconds: float
-
-
-class Watcher:
-    """What the loop tells while it trains; this one listens to nothing.
-
-    Every method is called on every rank at the same time.
-    """
-
-    def block(self, members: list[Member], block: Block) -> None:
-        """Some iterations are done."""
-
-    def echo(self, member: Member, iteration: int, drawn: EchoRound) -> None:
-        """A member's echo round was drawn."""
-
-    def pictures(self, members: list[Member], iteration: int, segment: Segment) -> None:
-        """It is time for sample pictures."""
-
-    def failed(self, member: Member) -> None:
-        """A member left the pack; its `error` says why."""
-
-    def wants_checkpoint(self) -> bool:
-        """Tell whether a checkpoint is due; rank 0's answer counts."""
-        return False
-
-    def checkpoint(self) -> None:
-        """Keep the members' states, which are up to date now."""
+OUT_OF_MEMORY = (
+    "training it alone needs more memory than there is: set train.checkpointing=true or "
+    "train.items_at_once=1, or lower the resolution"
+)
 
 
 @dataclass
@@ -119,8 +82,12 @@ class Run:
 
 
 def train_members(run: Run) -> None:
-    """Train every member to the end or to its failure; their states and errors say how far."""
-    total = total_iterations(run.spec)
+    """Train every member to the end or to its failure; their states and errors say how far.
+
+    Members that do not fit into memory together are trained in halves, one after the other; every
+    half goes on from its members' last states.
+    """
+    total, at_once = total_iterations(run.spec), len(run.members)
     while True:
         waiting = [
             (member, member.state.iteration)
@@ -130,13 +97,36 @@ def train_members(run: Run) -> None:
         if not waiting:
             return
         start = min(iteration for _, iteration in waiting)
-        together = [member for member, iteration in waiting if iteration == start]
+        together = [member for member, iteration in waiting if iteration == start][:at_once]
         ahead = [iteration for _, iteration in waiting if iteration > start]
+        if not _fits(run, together, start, min([total, *ahead])):
+            release(run.frozen.pair.device)  # here, where the error and its frames are gone
+            for member in together:
+                assert member.state is not None
+                go_on(member, member.state)  # an echo round may have begun since
+            at_once = (len(together) + 1) // 2
+            if len(together) > 1:
+                log.warning("%d concepts need too much memory: %d now", len(together), at_once)
+            else:
+                together[0].error = OUT_OF_MEMORY
+                run.watcher.failed(together[0])
+
+
+def _fits(run: Run, together: list[Member], start: int, stop: int) -> bool:
+    """Train some members together as far as they go; False when memory did not do."""
+    segment: Segment | None = None
+    try:
         segment = Segment(run, together)
-        try:
-            segment.train(start, min([total, *ahead]))
-        finally:
+        segment.train(start, stop)
+    except RuntimeError as error:
+        # Other ranks may be in the middle of a step, waiting for this one: only Ray ends them.
+        if ranks.world_size() > 1 or not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        if segment is not None:
             segment.free()
+    return True
 
 
 class Segment:
@@ -380,12 +370,6 @@ def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
         for name, module, rates, step in parts
     ]
     return made[0], made[1], made[2]
-
-
-def block_losses(block: Block, n: int) -> dict[str, float]:
-    """Give the means of member n's losses over a block, by name."""
-    means = zip(block.names, block.values[:, :, n].mean(0).tolist(), strict=True)
-    return {name.removeprefix(LOSS): mean for name, mean in means if name.startswith(LOSS)}
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from components.train import loop
+from components.train.loop import OUT_OF_MEMORY
 from tests.integration.train.packs import (
+    ITERATIONS,
     assert_close,
     assert_equal,
     checked_concepts,
@@ -21,13 +27,36 @@ from tests.unit.train.ranks import on_ranks
 NAMES = ("dog", "robot")
 
 
+@contextmanager
+def room_for(concepts: int) -> Iterator[None]:
+    """As on a GPU where the echo stage's batches of more concepts do not fit."""
+    draw_batch = loop.draw_batch
+
+    def drawn(data: Any, pair: Any, *, iteration: int, **more: Any) -> Any:
+        if iteration >= 4 and len(data) > concepts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw_batch(data, pair, iteration=iteration, **more)
+
+    loop.draw_batch = drawn
+    try:
+        yield
+    finally:
+        loop.draw_batch = draw_batch
+
+
 def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     concepts = checked_concepts(folder)
     spec, banked = tiny_spec(paths), tiny_spec(paths, "views.bank=3")
     sparing = tiny_spec(paths, "train.checkpointing=true")
     step = tiny_spec(paths, "views.bank=3", *SGD)  # Adam would enlarge round-off
     half = stopped_states(banked, concepts, 3)
+    with room_for(1):
+        halves = trained(spec, concepts)
+    with room_for(0):
+        none = trained(spec, concepts)
     return {
+        "halves": states(halves),
+        "none": {member.concept.id: member for member in none.members},
         "start": first_states(spec, concepts),
         "plain": states(trained(spec, concepts)),
         "ahead": states(trained(spec, concepts, ahead=True)),
@@ -70,3 +99,11 @@ def test_a_bank_of_views_is_the_same_after_a_stop_and_in_any_pack(
     assert_close(runs["step, alone"][name], runs["step"][name], runs["start"][name], part=2e-3)
     with pytest.raises(AssertionError):  # a setting that changes what is seen
         assert_close(runs["bank"][name], runs["plain"][name], runs["start"][name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pack_that_does_not_fit_is_trained_in_halves(runs: dict[str, Any], name: str) -> None:
+    assert_close(runs["halves"][name], runs["plain"][name], runs["start"][name])
+    assert runs["halves"][name].echo_prompts == runs["plain"][name].echo_prompts
+    alone = runs["none"][name]
+    assert alone.error == OUT_OF_MEMORY and alone.state.iteration < ITERATIONS

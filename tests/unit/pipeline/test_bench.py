@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from model.errors import InputError
-from pipeline.bench import BenchSettings, _is_out_of_memory, _next_size, bench_train
+from pipeline.bench import BenchSettings, _next_size, bench_train
 from pipeline.bench_bases import MINI, bench_spec, build_frozen
 from pipeline.bench_measure import Parts, count_flops, summary
 from pipeline.cli.bench import _sizes
@@ -35,15 +35,6 @@ def test_the_series_finds_the_largest_pack() -> None:
     assert tried(6) == [1, 2, 4, 8, 6, 7]
     assert tried(256) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert tried(0) == [1]
-
-
-def test_a_failed_allocation_is_told_from_other_errors() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert _is_out_of_memory(caught.value)
-    with pytest.raises(RuntimeError) as caught:
-        torch.zeros(2) @ torch.zeros(3)
-    assert not _is_out_of_memory(caught.value)
 
 
 def test_parts_count_each_call_once_and_leave_no_trace() -> None:
