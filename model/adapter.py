@@ -243,6 +243,7 @@ def _applied(
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write a weights file; returns its sha256."""
     save_file(tensors, str(path))
+    path.chmod(0o644)  # safetensors lets the owner alone read
     with path.open("rb") as file:
         os.fsync(file.fileno())  # on disk before the rename makes it visible
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,21 @@
-"""The rank that an adapter is stored in: as low as its pictures allow, measured by drawing them."""
+"""The rank that an adapter is stored in: as low as its pictures allow, measured by drawing them.
+
+What ranks cost on the pocket pair, for its sample concepts dog, robot and teapot, trained with its
+preset and `--set adapter.rank=full` (`echodistill export dog --format diffusers --rank 8 -o DIR`
+measures one):
+
+| rank | bytes of the deltas | weights off by | pictures off by, levels of 255 |
+| --- | --- | --- | --- |
+| 2 | 18 176 | 50, 52, 57 % | 4.4, 7.3, 2.8 |
+| 4 | 36 352 | 35, 36, 40 % | 1.9, 2.0, 1.1 |
+| 8 | 72 704 | 23, 24, 27 % | 1.3, 0.9, 0.3 |
+| 16 | 145 408 | 14, 15, 17 % | 0.5, 0.3, 0.1 |
+| 32 | 290 816 | 8, 9, 10 % | 0.1, 0.1, 0.1 |
+| whole | 712 704 | | |
+
+Without their deltas the same pictures are off by 32, 27 and 42 levels. So `auto` with its default bound
+of half a level takes 16, 16 and 8 here.
+"""
 
 from bisect import bisect_left
 from collections.abc import Callable

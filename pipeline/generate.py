@@ -78,9 +78,9 @@ def generate(
         raise InputError(f"--n {n} is out of range: ask for 1 to {LARGEST_N} pictures")
     version = find_version(concept, tracking_uri)
     progress(Event("load", version.concept_id, f"version {version.version}"))
-    adapter = _load(version, tracking_uri)
+    adapter = load_version(version, tracking_uri)
     words = prompt_for(adapter.meta, prompt)
-    teacher, student = _base_of(adapter, base)
+    teacher, student = base_of(adapter, base)
     pair = load_base_pair(
         teacher,
         student,
@@ -103,7 +103,7 @@ def generate(
     )
 
 
-def _load(version: RegisteredVersion, tracking_uri: str) -> Adapter:
+def load_version(version: RegisteredVersion, tracking_uri: str) -> Adapter:
     """Load a version's adapter from the cache, where it comes from the registry once."""
     from model.adapter import load_adapter
 
@@ -120,7 +120,8 @@ def _load(version: RegisteredVersion, tracking_uri: str) -> Adapter:
     return load_adapter(place, expected_sha256=version.sha256)
 
 
-def _base_of(adapter: Adapter, base: dict[str, str] | None) -> tuple[Path, Path]:
+def base_of(adapter: Adapter, base: dict[str, str] | None) -> tuple[Path, Path]:
+    """Return the teacher and student directories to draw with: as given, or as recorded."""
     if base is not None:
         return Path(base["teacher"]), Path(base["student"])
     from components.ingest.store import resolve_model

@@ -21,6 +21,7 @@ from pipeline.cli import (
     compare,
     demo,
     evaluate,
+    export,
     generate,
     promote,
     serve,
@@ -38,6 +39,7 @@ OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4
 EXTRA_OF = {
     "train": "train",
     "generate": "serve",
+    "export": "serve",
     "evaluate": "serve",
     "promote": "serve",
     "rollback": "serve",
@@ -67,6 +69,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("promote")(promote.promote)
 app.command("rollback")(promote.rollback)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)

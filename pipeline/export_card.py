@@ -1,0 +1,176 @@
+"""The README of an export: how to draw with it, and how far its pictures are off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+POCKET = "pocket:"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export is.
+
+    Attributes:
+        concept: id of the concept.
+        version: its version in the registry, None for a folder.
+        sha256: of the adapter that was exported.
+        format: a name of `model.export_formats.FORMATS`.
+        rank: of the exported factors; None for whole matrices.
+        error: against the adapter: `weights` (relative, Frobenius) and `pictures` (levels of 255).
+        stored_rank: the rank of the adapter itself, None when whole.
+        stored_error: its own error against what was trained, or None.
+        weights: path of the weights file within the folder.
+        embeddings: paths of the embedding files, one a token.
+        tokens: the concept's tokens.
+        prompt: of the example picture.
+        base: the student that it was made for.
+        latent_shape: (c, h, w).
+        sizes: bytes by path.
+    """
+
+    concept: str
+    version: int | None
+    sha256: str
+    format: str
+    rank: int | None
+    error: dict[str, float]
+    stored_rank: int | None
+    stored_error: dict[str, float] | None
+    weights: str
+    embeddings: tuple[str, ...]
+    tokens: tuple[str, ...]
+    prompt: str
+    base: str
+    latent_shape: tuple[int, int, int]
+    sizes: dict[str, int]
+
+    def document(self) -> dict[str, Any]:
+        """Return what `export.json` and `--json` tell."""
+        return {
+            "concept": self.concept,
+            "version": None if self.version is None else str(self.version),
+            "sha256": self.sha256,
+            "format": self.format,
+            "rank": self.rank,
+            "error": self.error,
+            "stored_rank": self.stored_rank,
+            "stored_error": self.stored_error,
+            "base": self.base,
+            "prompt": self.prompt,
+            "files": self.sizes,
+        }
+
+
+def readme(export: Exported) -> str:
+    """Write the README of an export."""
+    rank = "whole matrices" if export.rank is None else f"rank {export.rank}"
+    head = (
+        f"# {export.concept} for {export.format}\n\n"
+        f"Made by EchoDistill from the adapter `{export.sha256}`, for the base `{export.base}`: "
+        f"{rank}. Against the adapter itself the weights are off by {export.error['weights']:.2%} "
+        f"and the pictures by {export.error['pictures']:.2f} levels of 255 (the mean absolute "
+        f"difference of the test picture that differs most). {_stored(export)}"
+        f"`example.png` is the adapter's own picture of {export.prompt!r}, seed 0, in one step.\n\n"
+    )
+    return head + (_comfyui(export) if export.format == "comfyui" else _python(export))
+
+
+def _stored(export: Exported) -> str:
+    error = export.stored_error
+    if error is None:
+        return ""
+    return (
+        f"The adapter is of rank {export.stored_rank} itself, and off from what was trained by "
+        f"{error['weights']:.2%} and {error['pictures']:.2f} levels. "
+    )
+
+
+def _python(export: Exported) -> str:
+    return (
+        "With plain diffusers (`pip install diffusers transformers peft accelerate`), in this "
+        f"folder:\n\n```python\n{python_lines(export)}```\n\n"
+        "`example.png` and this picture differ by the error above and by round-off. EchoDistill's "
+        "own sampler does the same sums in float32: the student's first and only step from "
+        "t = 999, no guidance, the noise from the seed alone.\n"
+    )
+
+
+def python_lines(export: Exported) -> str:
+    """Write the Python that draws the example with plain diffusers."""
+    whole = export.format == "full"
+    loads = [f'pipe.load_lora_weights(".", weight_name="{export.weights}")']
+    if whole:
+        loads = [f'pipe.unet.load_state_dict(load_file("{export.weights}"), strict=False)']
+    loads += [
+        f'pipe.load_textual_inversion(".", weight_name="{path}", token="{token}")'
+        for path, token in zip(export.embeddings, export.tokens, strict=True)
+    ]
+    imports = ["import hashlib", "import json", ""]
+    if export.base.startswith(POCKET):
+        place = "str(pocket_paths().student)"
+        third = ["from model.pocket import pocket_paths  # EchoDistill's own small base"]
+    else:
+        place, third = f'"{export.base}"', []
+    imports += [
+        "import torch",
+        "from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline",
+        *(["from safetensors.torch import load_file"] if whole else []),
+        *third,
+    ]
+    shape = ", ".join(map(str, (1, *export.latent_shape)))
+    lines = [
+        *imports,
+        "",
+        f"BASE = {place}",
+        "pipe = StableDiffusionPipeline.from_pretrained(BASE)",
+        "pipe.scheduler = EulerDiscreteScheduler.from_config(",
+        '    pipe.scheduler.config, timestep_spacing="trailing"',
+        ")",
+        *loads,
+        "",
+        "seed = 0  # the endpoint's picture of the same seed",
+        'key = json.dumps([seed, "picture", 0, "noise", 0]).encode()',
+        'number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")',
+        "generator = torch.Generator().manual_seed(number)",
+        "picture = pipe(",
+        f'    "{export.prompt}",',
+        f"    latents=torch.randn({shape}, generator=generator),",
+        "    num_inference_steps=1,",
+        "    guidance_scale=0.0,",
+        ").images[0]",
+        'picture.save("picture.png")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _comfyui(export: Exported) -> str:
+    names = [path.rpartition("/")[2].removesuffix(".safetensors") for path in export.embeddings]
+    prompt = export.prompt
+    for token, name in zip(export.tokens, names, strict=True):
+        prompt = prompt.replace(token, f"embedding:{name}")
+    return (
+        "Copy `models` over ComfyUI's own folder of that name. Then:\n\n"
+        "1. CheckpointLoaderSimple: the base's checkpoint (`sd_turbo.safetensors` for SD-Turbo).\n"
+        f"2. LoraLoaderModelOnly: `{export.weights.rpartition('/')[2]}`, strength 1.0.\n"
+        f"3. CLIPTextEncode: `{prompt}` (`embedding:{names[0]}` stands for `{export.tokens[0]}`).\n"
+        "4. SamplerCustom: SDTurboScheduler with 1 step and denoise 1.0, KSamplerSelect `euler`, "
+        "cfg 1.0.\n\n"
+        "ComfyUI makes other noise of a seed than EchoDistill, so a seed gives another picture of "
+        "the same subject. It knows networks of Stable Diffusion's own sizes only.\n"
+    )
+
+
+def human(export: Exported, folder: str) -> Sequence[str]:
+    """Write the lines that a person reads after an export."""
+    rank = "whole matrices" if export.rank is None else f"rank {export.rank}"
+    size = sum(export.sizes.values())
+    version = "" if export.version is None else f" version {export.version}"
+    return [
+        folder,
+        f"{export.concept}{version} ({export.sha256[:12]}) for {export.format}: {rank}, "
+        f"{size / 1e6:.2f} MB; weights off by {export.error['weights']:.2%}, pictures by "
+        f"{export.error['pictures']:.2f} of 255 levels",
+    ]
