@@ -13,8 +13,8 @@ measures one):
 | 32 | 290 816 | 8, 9, 10 % | 0.1, 0.1, 0.1 |
 | whole | 712 704 | | |
 
-Without their deltas the same pictures are off by 32, 27 and 42 levels. So `auto` with its default bound
-of half a level takes 16, 16 and 8 here.
+Without their deltas the same pictures are off by 32, 27 and 42 levels. So `auto` with its default
+bound of half a level takes 16, 16 and 8 here.
 """
 
 from bisect import bisect_left
