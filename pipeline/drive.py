@@ -39,15 +39,20 @@ def drive(
     """
     batch = load_batch(uri)
     lease = Lease(uri, job, seconds=lease_seconds)
+    driver: Driver | None = None
     try:
-        states = Driver(batch, lease, progress, stop, **seconds).run(failed=failed)
+        driver = Driver(batch, lease, progress, stop, **seconds)
+        states = driver.run(failed=failed)
         if lease.lost.is_set():
             raise InputError(f"another driver took the batch {uri} over: this one ends")
     except BaseException as error:
         ours = isinstance(error, EchoDistillError)
         lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
+        if driver is not None:
+            driver.tell_end()
         raise
     lease.end("cancelled" if stop.is_set() else "done")
+    driver.tell_end()
     return states
 
 

@@ -28,6 +28,7 @@ from pipeline.base import base_hash
 from pipeline.batch import Batch, load_concepts
 from pipeline.claims import Claim, Claims, Lease
 from pipeline.pack_run import PackOrder, PackRun
+from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
 from pipeline.run import REGISTRY_SECONDS, ConceptResult, already_note, from_version
 from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states, state_of
@@ -89,6 +90,7 @@ class Driver:
         self._patience_seconds = patience_seconds
         self._claims = Claims(batch.storage, lease)
         self._registry = tracking_uri(spec=batch.spec)
+        self._parent = parent_of_batch(batch, self._registry)
         self._concepts: dict[str, Concept] = {}
         self._digests: dict[str, str] = {}
         self._states: dict[str, ConceptState] = {}
@@ -122,6 +124,10 @@ class Driver:
                 _kill(flight.actor)
             self._save()
         return self._states
+
+    def tell_end(self) -> None:
+        """Tell MLflow how the batch ended, once its lease has ended."""
+        end_with_batch(self._parent, self._batch.uri, self._registry)
 
     @property
     def _mend(self) -> str:
@@ -246,6 +252,7 @@ class Driver:
             earlier={name: claim.runs for name, claim in claims.items()},
             force=self._batch.force,
             patience=self._patience_seconds,
+            parent=self._parent.begin(),
         )
         actor = _actor(order)
         flown = replace(turn, ids=tuple(claims))

@@ -64,6 +64,7 @@ class PackOrder:
         earlier: runs that trained a member before, by id; the furthest checkpoint is gone on from.
         force: train registered concepts again.
         patience: seconds that trained concepts wait for a registry that is away.
+        parent: the MLflow run of the batch, or None.
     """
 
     spec: RunSpec
@@ -74,6 +75,7 @@ class PackOrder:
     earlier: dict[str, tuple[str, ...]]
     force: bool
     patience: float = REGISTRY_SECONDS
+    parent: str | None = None
 
 
 @dataclass
@@ -114,6 +116,7 @@ class PackRun:
             listen=self._hear,
             patience=order.patience,
         )
+        runner.parent = order.parent
         try:
             results = self._registered(runner)
             rest = [concept for concept in order.concepts if concept.id not in results]

@@ -33,6 +33,7 @@ from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
 from pipeline.batch import packs, sort_checked
+from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
 
@@ -158,7 +159,8 @@ def train_prefix(
         results |= runner.already(concepts)
         rest = [concept for concept in concepts if concept.id not in results]
         if rest:
-            with cluster():
+            batch = parent_of_training(uri, spec, registry, valid, results, force=force)
+            with cluster(), batch as runner.parent:
                 for pack in packs(rest, spec.pack.size):
                     results |= _train(runner, pack, spec, force)
     return [results[one.id] for one in checked]
@@ -223,6 +225,9 @@ class PackRunner:
         progress: listens.
         listen: hears what training says; by default `progress` does.
         patience: seconds that a trained concept waits for a registry that is away.
+
+    Attributes:
+        parent: the MLflow run that those of the concepts are shown below, or None.
     """
 
     def __init__(
@@ -236,6 +241,7 @@ class PackRunner:
         listen: Callable[[TrainEvent], None] | None = None,
         patience: float = REGISTRY_SECONDS,
     ) -> None:
+        self.parent: str | None = None
         self._spec = spec
         self._registry = registry
         self._force = force
@@ -325,7 +331,7 @@ class PackRunner:
 
     @property
     def _tracking(self) -> TrackingSettings:
-        return TrackingSettings(self._registry, self._spec.tracking.experiment)
+        return TrackingSettings(self._registry, self._spec.tracking.experiment, self.parent)
 
 
 def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:

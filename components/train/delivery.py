@@ -78,6 +78,8 @@ class Delivery:
 
         api = self._api()
         api.update_run(run_id, status="RUNNING")
+        if self._settings.parent:  # another than before, when it goes on in another batch
+            api.set_tag(run_id, "mlflow.parentRunId", self._settings.parent)
         known = api.get_run(run_id).data.params
         fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
         api.log_batch(run_id, params=fresh)

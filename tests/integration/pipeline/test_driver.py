@@ -6,6 +6,7 @@ The stories are long because every training run costs ten seconds to start.
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from components.ingest.concept_folder import check_prefix
@@ -24,6 +26,7 @@ from pipeline.base import base_hash
 from pipeline.batch import Batch, at_storage, plan_batch, save_batch, storage_for, upload_photos
 from pipeline.claims import LEASE
 from pipeline.drive import drive
+from pipeline.parent_run import BATCH_TAG
 from pipeline.progress import Event, silent
 from pipeline.state import BatchStatus, BatchView, ConceptState
 from tests.conftest import S3Bucket
@@ -109,6 +112,22 @@ def test_batches_on_s3_do_what_is_not_done_and_only_once(
     assert status.state == "done" and {c.id: c for c in status.concepts} == both[0]
     assert [c.good for c in status.concepts] == [True, True, False, False, False]
 
+    # Each batch has a run of its own, above those of the concepts that it trained.
+    for batch, result in zip((one, two), both, strict=True):
+        run = parent(tracking_uri, batch)
+        trained = [each for each in result.values() if each.state == "trained"]
+        assert run.info.status == "FINISHED" and run.data.metrics["concepts/invalid"] == 3
+        assert run.data.metrics["concepts/trained"] == len(trained)
+        assert run.data.metrics["seconds"] == pytest.approx(sum(c.seconds for c in trained))
+        client = MlflowClient(tracking_uri)
+        for each in trained:
+            own = client.get_run(str(each.run_id)).data.tags
+            assert own["mlflow.parentRunId"] == run.info.run_id
+            assert each.worker == platform.node() or not each.worker  # too quick to be seen
+        assert {"report.html", "spec.yaml"} <= {
+            item.path for item in client.list_artifacts(run.info.run_id)
+        }
+
     # Another photo makes another digest, of that one concept.
     Image.new("RGB", (80, 80), "red").save(concepts / "my-dog" / "99.png")
     s3_bucket.upload_folder(concepts, "photos")
@@ -122,6 +141,14 @@ def test_batches_on_s3_do_what_is_not_done_and_only_once(
     again = driven(planned(prefix, tiny_base, tmp_path))
     assert states(again)["my-dog"] == states(again)["my-robot"] == "already"
     assert names(s3_bucket) == begun
+
+
+def parent(tracking_uri: str, batch: Batch) -> Run:
+    """The one run of a batch."""
+    client = MlflowClient(tracking_uri)
+    query = f"tags.`{BATCH_TAG}` = '{batch.uri}'"
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], query)
+    return run
 
 
 def names(bucket: S3Bucket) -> set[str]:
@@ -166,6 +193,7 @@ def test_what_was_begun_goes_on_whoever_died(
     assert not driving.is_alive()
     status = BatchView(first.uri).read()
     assert status.state == "cancelled" and status.counts == {"cancelled": 2}
+    assert parent(tracking_uri, first).info.status == "KILLED"
     assert versions(tracking_uri, "my-dog") == []
     reached = min(one.iteration for one in status.concepts)
 
@@ -192,6 +220,9 @@ def test_what_was_begun_goes_on_whoever_died(
     found = driven(second, failed=True)
     assert states(found) == {"my-dog": "trained", "my-robot": "trained"}
     assert all(one.good and one.iteration == 60 for one in found.values())
+    run = parent(tracking_uri, second)  # the same one for all its drivers
+    assert run.info.status == "FINISHED" and run.data.metrics["concepts/trained"] == 2
+    assert run.data.metrics["concepts/failed"] == 0
     assert first_step(tracking_uri, "my-robot") > reached - 10
     assert versions(tracking_uri, "my-dog") == versions(tracking_uri, "my-robot") == [1]
 

@@ -16,6 +16,8 @@ from pipeline.progress import Event
 from pipeline.run import train_prefix
 from pipeline.versions import spec_of
 
+PARENT = "mlflow.parentRunId"
+
 
 def no_cluster() -> AbstractContextManager[None]:
     raise AssertionError("nothing was left to train, but a cluster was asked for")
@@ -66,6 +68,16 @@ def test_from_a_prefix_to_champions(
     assert stages[0] == "train" and stages[-3:] == ["register", "evaluate", "promote"]
     counted = [event for event in events if event.stage == "train" and event.done == 2]
     assert {event.subject for event in counted} == {"my-dog", "my-robot"}
+
+    # Both are below one run, which tells of the batch.
+    (parent,) = {client.get_run(each.run_id).data.tags[PARENT] for each in (dog, robot)}
+    batch = client.get_run(parent)
+    assert batch.info.status == "FINISHED" and batch.info.run_name == "concepts"
+    figures = batch.data.metrics
+    assert (figures["concepts/trained"], figures["concepts/invalid"]) == (2, 1)
+    assert figures["seconds"] == pytest.approx(dog.seconds + robot.seconds, abs=0.01)
+    (report,) = (i for i in client.list_artifacts(parent) if i.path == "report.html")
+    assert report.file_size > 10_000
 
     # Measured once more, by what its run knows: the figures are the same.
     (again,) = evaluate(
