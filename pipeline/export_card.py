@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 POCKET = "pocket:"
+_KOHYA = (
+    "\nFor sd-scripts and the programs that read its files: the LoRA file holds the UNet's "
+    "cross-attention keys and values, the embedding file the token's vector under `emb_params`.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,18 @@ def _python(export: Exported) -> str:
         "`example.png` and this picture differ by the error above and by round-off. EchoDistill's "
         "own sampler does the same sums in float32: the student's first and only step from "
         "t = 999, no guidance, the noise from the seed alone.\n"
+        + (_KOHYA if export.format == "kohya" else "")
     )
 
 
 def python_lines(export: Exported) -> str:
     """Write the Python that draws the example with plain diffusers."""
     whole = export.format == "full"
-    loads = [f'pipe.load_lora_weights(".", weight_name="{export.weights}")']
+    loads = [f"pipe.load_lora_weights('.', weight_name={export.weights!r})"]
     if whole:
-        loads = [f'pipe.unet.load_state_dict(load_file("{export.weights}"), strict=False)']
+        loads = [f"pipe.unet.load_state_dict(load_file({export.weights!r}), strict=False)"]
     loads += [
-        f'pipe.load_textual_inversion(".", weight_name="{path}", token="{token}")'
+        f"pipe.load_textual_inversion('.', weight_name={path!r}, token={token!r})"
         for path, token in zip(export.embeddings, export.tokens, strict=True)
     ]
     imports = ["import hashlib", "import json", ""]
@@ -113,7 +118,7 @@ def python_lines(export: Exported) -> str:
         place = "str(pocket_paths().student)"
         third = ["from model.pocket import pocket_paths  # EchoDistill's own small base"]
     else:
-        place, third = f'"{export.base}"', []
+        place, third = f"{export.base!r}  # a hub id, or the path of a local copy", []
     imports += [
         "import torch",
         "from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline",
@@ -127,21 +132,21 @@ def python_lines(export: Exported) -> str:
         f"BASE = {place}",
         "pipe = StableDiffusionPipeline.from_pretrained(BASE)",
         "pipe.scheduler = EulerDiscreteScheduler.from_config(",
-        '    pipe.scheduler.config, timestep_spacing="trailing"',
+        "    pipe.scheduler.config, timestep_spacing='trailing'",
         ")",
         *loads,
         "",
         "seed = 0  # the endpoint's picture of the same seed",
-        'key = json.dumps([seed, "picture", 0, "noise", 0]).encode()',
-        'number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")',
+        "key = json.dumps([seed, 'picture', 0, 'noise', 0]).encode()",
+        "number = int.from_bytes(hashlib.sha256(key).digest()[:8], 'big')",
         "generator = torch.Generator().manual_seed(number)",
         "picture = pipe(",
-        f'    "{export.prompt}",',
+        f"    {export.prompt!r},",
         f"    latents=torch.randn({shape}, generator=generator),",
         "    num_inference_steps=1,",
         "    guidance_scale=0.0,",
         ").images[0]",
-        'picture.save("picture.png")',
+        "picture.save('picture.png')",
     ]
     return "\n".join(lines) + "\n"
 

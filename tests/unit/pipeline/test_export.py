@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from model.sampler import draw, picture_noise
 from pipeline.cli.main import run
 from pipeline.cli.output import Output
 from pipeline.export import export
-from pipeline.export_card import Exported
+from pipeline.export_card import Exported, python_lines
 from tests.tiny import TinyPaths, build_tiny_pair
 
 ALL = "32"  # the tiny layers' full rank: nothing is lost but round-off
@@ -171,6 +172,24 @@ def test_every_token_has_its_file(pair: BasePair, tiny: TinyPaths, tmp_path: Pat
     assert made.embeddings == ("learned_embeds.safetensors", "learned_embeds-2.safetensors")
     second = load_file(tmp_path / "out" / made.embeddings[1])
     assert torch.equal(second["<b>"], two.token_rows[1:])
+
+
+def test_what_an_adapter_says_of_itself_cannot_become_code(
+    pair: BasePair, tiny: TinyPaths, tmp_path: Path
+) -> None:
+    noun = "dog'); print('owned'); (\"\n```"
+    info = AdapterInfo("tiny-dog", noun, ("<new1>",), student_id=str(tiny.student))
+    kv, rows = pair.student_kv, torch.ones(1, 32)
+    evil = trained_adapter(pair=pair, info=info, student_kv=kv, token_rows=rows)
+    write_adapter(tmp_path / "evil", evil)
+    made = export_to(tmp_path / "out", tmp_path / "evil", "diffusers", "1")
+    said = [
+        node.value
+        for node in ast.walk(ast.parse(python_lines(made)))
+        if isinstance(node, ast.Constant)
+    ]
+    assert f"a photo of a <new1> {noun}" in said
+    assert made.error == {"weights": 0.0, "pictures": 0.0}
 
 
 def test_a_folder_of_something_else_stays_as_it_is(adapter: Path, tmp_path: Path) -> None:
