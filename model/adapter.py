@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
+from safetensors.torch import save as save_bytes
 
 from model.adapter_meta import (
     CARD_FILE,
@@ -241,12 +241,13 @@ def _applied(
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write a weights file; returns its sha256."""
-    save_file(tensors, str(path))
-    path.chmod(0o644)  # safetensors lets the owner alone read
-    with path.open("rb") as file:
+    """Write a weights file; returns its sha256. A full disk is an OSError, as everywhere."""
+    data = save_bytes(tensors)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())  # on disk before the rename makes it visible
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _sha256(data)
 
 
 def _sha256(data: bytes) -> str:

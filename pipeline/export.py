@@ -161,7 +161,7 @@ def _write(
     version: int | None,
 ) -> Exported:
     """Write the export to a new folder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from model.export_formats import FORMATS, embedding_paths, files
     from model.low_rank import weight_error
@@ -183,8 +183,7 @@ def _write(
     tensors = files(kind, adapter, weights)
     for path, held in tensors.items():
         (work / path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, work / path, metadata={"format": "pt"})
-        (work / path).chmod(0o644)  # safetensors lets the owner alone read
+        (work / path).write_bytes(save(held, metadata={"format": "pt"}))
     prompt = f"a photo of a {' '.join(adapter.tokens)} {meta['concept']['class_noun']}"
     picture = draw(pair, [adapter], [prompt], [0])[0]
     (work / EXAMPLE_FILE).write_bytes(png(picture.permute(1, 2, 0).numpy()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from model.adapter import Adapter, load_adapter, trained_adapter, write_adapter
 from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair, load_base_pair
-from model.errors import InputError
+from model.errors import InputError, ServiceError
 from model.rank_choice import with_rank
 from model.sampler import draw, picture_noise
 from pipeline.cli.main import run
@@ -206,6 +207,17 @@ def test_a_folder_of_something_else_stays_as_it_is(adapter: Path, tmp_path: Path
     assert export_to(tmp_path / "mine", adapter, "diffusers", "4").rank == 4
     assert (tmp_path / "mine" / "README.md").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_full_disk_leaves_nothing(adapter: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ServiceError, match="no space left"):
+            export_to(tmp_path / "out", adapter, "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
