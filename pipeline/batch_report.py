@@ -20,9 +20,8 @@ from components.register.registry import RegisteredVersion, find_versions, get_v
 from components.spec import RunSpec, spec_digest
 from pipeline.batch import load_concepts
 from pipeline.curves import curves_of
+from pipeline.figures import LOSSES, METRICS, money
 from pipeline.report import (
-    LOSSES,
-    METRICS,
     ConceptSection,
     Report,
     Row,
@@ -148,7 +147,7 @@ def _section(
         ("iterations", str(one.iteration)),
         ("training", f"{one.seconds:.0f} s, its share of the pack"),
         ("GPUs", f"{one.gpu_seconds:.0f} s"),
-        ("cost", _cost(one.cost)),
+        ("cost", money(one.cost)),
         ("trained on", one.worker),
         ("MLflow run", one.run_id or ""),
     ]
@@ -172,10 +171,6 @@ def _section(
 
 def _standing(one: ConceptState) -> str:
     return "champion" if one.promoted else "candidate"
-
-
-def _cost(cost: float | None) -> str:
-    return "–" if cost is None else f"{cost:.4g}"
 
 
 def _report(
@@ -202,7 +197,7 @@ def _report(
         ("photos", told.prefix),
         ("training", f"{sum(one.seconds for one in done):.0f} s"),
         ("GPUs", f"{sum(one.gpu_seconds for one in done):.0f} s"),
-        ("cost", _cost(sum(costs) if costs else None)),
+        ("cost", money(sum(costs) if costs else None)),
         ("price of a GPU-hour", "not set" if price is None else f"{price:g}"),
         ("run spec", spec_digest(spec)[:12]),
         ("registry", hide_password(told.registry)),
@@ -258,7 +253,7 @@ def _summary(
                 *(f"{known[name]:.3f}" if name in known else "–" for name in figures),
                 f"{one.seconds:.0f}" if one.seconds else "–",
                 f"{one.gpu_seconds:.0f}" if one.gpu_seconds else "–",
-                *([_cost(one.cost)] if priced else []),
+                *([money(one.cost)] if priced else []),
             )
         )
     titles = ("concept", "state", "version", *figures.values(), "seconds", "GPU seconds")

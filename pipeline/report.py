@@ -13,17 +13,6 @@ from PIL import Image, ImageDraw, ImageOps
 
 from components.ingest.cache import replacing
 
-# What a person calls the figures and losses that programs name shortly.
-METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
-LOSSES = {
-    "rec": "L_rec: teacher learns the references",
-    "mse": "L_mse: student against teacher, latent",
-    "id": "L_id: identity",
-    "perc": "L_perc: perceptual",
-    "adv": "L_adv: student against discriminators",
-    "disc": "L_D: discriminators",
-}
-
 # A curve is drawn in a box of this size (SVG user units), inside margins for its labels.
 CHART_WIDTH, CHART_HEIGHT = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22

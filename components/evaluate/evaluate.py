@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MODELS_TAG = "metric_models"
 PROTOCOL_TAG = "metric_protocol"
+PHOTOS_TAG = "metric_photos"
 BEFORE = "before_"  # names of the base's figures begin with it
 _BATCH = 8
 _GRID_PROMPTS, _GRID_SEEDS = 5, 4
@@ -55,7 +56,8 @@ class Metrics:
     """What an evaluation found.
 
     ``after`` is the adapter, ``before`` the base student asked for the class noun alone.
-    ``pictures`` are PNG grids by name: a row a prompt, a column a seed.
+    ``photos`` tells by 12 digits which reference photos it was measured against. ``pictures``
+    are PNG grids by name: a row a prompt, a column a seed.
     """
 
     after: Scores
@@ -63,6 +65,7 @@ class Metrics:
     n_prompts: int
     n_seeds: int
     feature_models: str
+    photos: str = ""
     pictures: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -147,7 +150,13 @@ def evaluate_adapter(
         for name, (_, drawn) in (("before", before), ("after", after)):
             pictures[name] = out / f"{name}.png"
             _write_grid(drawn, seeds, pictures[name])
-    return Metrics(after[0], before[0], len(templates), seeds, models.names, pictures)
+    photos = photos_hash([image.sha256 for image in concept.images])
+    return Metrics(after[0], before[0], len(templates), seeds, models.names, photos, pictures)
+
+
+def photos_hash(digests: Sequence[str]) -> str:
+    """Return 12 digits that say which photos there are, in whatever order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:12]
 
 
 def _references(
@@ -221,7 +230,11 @@ def record_metrics(
     from components.register.connection import connect, reaching
     from components.register.registry import set_metrics, set_tags
 
-    how = {MODELS_TAG: found.feature_models, PROTOCOL_TAG: found.protocol}
+    how = {
+        MODELS_TAG: found.feature_models,
+        PROTOCOL_TAG: found.protocol,
+        PHOTOS_TAG: found.photos,
+    }
     set_tags(version, how, tracking_uri=tracking_uri)
     measured = set_metrics(version, found.figures(), tracking_uri=tracking_uri)
     if version.run_id:

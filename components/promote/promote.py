@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from components.evaluate.evaluate import BEFORE, MODELS_TAG, PROTOCOL_TAG
+from components.evaluate.evaluate import BEFORE, MODELS_TAG, PHOTOS_TAG, PROTOCOL_TAG
 from components.register.connection import code_of, connect, reaching
 from components.register.registry import (
     RegisteredVersion,
@@ -47,7 +47,12 @@ def judge(
     against = failings(candidate, champion, gate)
     if against:
         return Decision(False, tuple(against), before)
-    return Decision(True, (f"it passed the gate against version {before}",), before)
+    passed = f"it passed the gate against version {before}"
+    photos = [each.tags.get(PHOTOS_TAG) for each in (candidate, champion)]
+    if None not in photos and photos[0] != photos[1]:
+        # Photos that were added make a new version, which must not wait for a person.
+        passed += ", which was measured against other photos"
+    return Decision(True, (passed,), before)
 
 
 def failings(

@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
-from pipeline.report import METRICS
+from pipeline.figures import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli.options import Address, BatchName, Debug, Json, Storage, TrackingUri
 from pipeline.cli.output import Output
+from pipeline.figures import money
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -164,8 +165,20 @@ def _table(concepts: Sequence[ConceptState]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("concept", "state", "iteration", "loss", "seconds", "worker", "version", ""):
-        right = name in ("iteration", "seconds", "version")
+    priced = any(one.cost is not None for one in concepts)
+    cost = ["cost"] if priced else []
+    for name in (
+        "concept",
+        "state",
+        "iteration",
+        "loss",
+        "seconds",
+        *cost,
+        "worker",
+        "version",
+        "",
+    ):
+        right = name in ("iteration", "seconds", "cost", "version")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for one in concepts:
         iteration = f"{one.iteration}/{one.iterations}" if one.iterations else ""
@@ -175,6 +188,7 @@ def _table(concepts: Sequence[ConceptState]) -> Table:
             iteration,
             one.losses,
             f"{one.seconds:.0f}" if one.seconds else "",
+            *([money(one.cost)] if priced else []),
             one.worker,
             one.version or "",
             Text(one.error or one.note),

@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Prefix, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
+from pipeline.figures import money
 from pipeline.progress import Event
 
 if TYPE_CHECKING:
@@ -85,8 +86,11 @@ def _draw(console: Console, results: list[ConceptResult]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("concept", "state", "version", "sha256", "seconds", ""):
-        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    priced = any(one.cost is not None for one in results)
+    cost = ["cost"] if priced else []
+    for name in ("concept", "state", "version", "sha256", "seconds", *cost, ""):
+        right = name in ("seconds", "cost")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for one in results:
         good = one.state in ("trained", "already")
         table.add_row(
@@ -95,6 +99,7 @@ def _draw(console: Console, results: list[ConceptResult]) -> None:
             one.version or "",
             (one.sha256 or "")[:12],
             f"{one.seconds:.0f}" if one.seconds else "",
+            *([money(one.cost)] if priced else []),
             Text(one.error or one.note),
         )
     console.print(table)

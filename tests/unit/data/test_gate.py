@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from components.promote.promote import judge
@@ -39,6 +41,21 @@ def test_an_equal_or_better_version_passes() -> None:
     assert judge(version(2, clip_i=0.69), version(1), GateSpec(max_drop=0.02)).promoted
     decision = judge(version(2, dino=0.6), version(1), GateSpec(min_dino=0.55))
     assert decision.promoted and decision.reasons == ("it passed the gate against version 1",)
+
+
+def test_a_champion_of_other_photos_is_told() -> None:
+    versions = [version(2), version(1)]
+    tagged = [
+        replace(each, tags={**each.tags, "metric_photos": photos})
+        for each, photos in zip(versions, ("a", "b"), strict=True)
+    ]
+    for candidate, champion, told in (
+        (*tagged, True),
+        (*versions, False),
+        (*tagged[:1] * 2, False),
+    ):
+        decision = judge(replace(candidate, version=2), replace(champion, version=1), GateSpec())
+        assert decision.promoted and ("against other photos" in decision.reasons[0]) is told
 
 
 @pytest.mark.parametrize(
