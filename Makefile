@@ -14,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types install system-deps clean
+.PHONY: help demo test chaos lint types install system-deps clean
 
 help: ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,10 @@ test: $(STAMP) ## Run every test that needs no GPU
 	@# Two processes: a Ray driver that has lived through the integration tests can end a process
 	@# that starts ranks of its own.
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_house.py tests/unit
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/integration
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/integration tests/chaos
+
+chaos: $(STAMP) ## Train twelve concepts under twenty-five faults (some ten minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.chaos
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy)
 	@$(VENV)/bin/ruff check .

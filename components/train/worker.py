@@ -186,6 +186,7 @@ class RayWatcher(Watcher):
             self._tracker = Tracker(job.tracking, job.run_name, unlogged)
         self._total = total_iterations(job.spec)
         self._last_checkpoint = time.monotonic()
+        self._warning: Any = None  # the last one of a spot node
 
     def begin(self) -> None:
         """Say that everything is loaded."""
@@ -260,7 +261,13 @@ class RayWatcher(Watcher):
         self._tell(member, "failed", text=member.error or "")
 
     def wants_checkpoint(self) -> bool:
-        """Tell whether `train.checkpoint_seconds` have passed."""
+        """Tell whether `train.checkpoint_seconds` have passed, or a node will be taken away."""
+        import ray.train
+
+        warning = ray.train.get_preemption_info()
+        if warning is not None and warning != self._warning:
+            self._warning = warning
+            return True
         return time.monotonic() - self._last_checkpoint >= self._job.spec.train.checkpoint_seconds
 
     def checkpoint(self) -> None:

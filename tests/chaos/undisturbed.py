@@ -1,0 +1,51 @@
+"""What the concepts of a batch are trained to when nothing happens: the loop alone, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from components.ingest.concept_folder import Concept
+from components.ingest.store import resolve_model
+from components.spec import RunSpec
+from components.train.export import export_adapters
+from components.train.job import BasePaths, PackJob
+from components.train.loop import Run, train_members
+from components.train.members import load_members
+from components.train.worker import load_frozen
+from model.adapter import load_adapter
+from model.base_pair import load_base_pair
+from model.concept import initial_row
+
+
+def train_undisturbed(spec: RunSpec, packs: Sequence[Sequence[Concept]], out: str) -> None:
+    """Train packs on this rank; the adapter folders are `<out>/<concept id>`."""
+    bases = BasePaths.from_spec(spec)
+    frozen = load_frozen(bases, torch.float32, torch.device("cpu"), spec.resolution)
+    for pack in packs:
+        job = PackJob(spec, tuple(pack), bases, "undisturbed", None)
+        run = Run(spec, frozen, load_members(job, frozen, None))
+        train_members(run)
+        export_adapters(run, bases, Path(out))
+
+
+def differences(
+    spec: RunSpec, concepts: Sequence[Concept], found: Path, expected: Path
+) -> dict[str, float]:
+    """Return how far adapters are apart, by concept id: 0 for equal files, else the largest
+    difference of a weight as a part of the largest movement that training made."""
+    places = [resolve_model(ref) for ref in (spec.base.teacher, spec.base.student)]
+    pair = load_base_pair(*places, name=spec.base.name, resolution=spec.resolution)
+    apart = {}
+    for concept in concepts:
+        one, other = (load_adapter(folder / concept.id) for folder in (found, expected))
+        row = initial_row(pair, concept.initializer or concept.class_noun).cpu()[None]
+        pairs = [
+            (one.student_weight(pair), other.student_weight(pair), pair.student_kv),
+            (one.token_rows, other.token_rows, row),
+        ]
+        parts = [float((a - b).abs().max() / (b - start).abs().max()) for a, b, start in pairs]
+        apart[concept.id] = 0.0 if one.sha256 == other.sha256 else max(parts)
+    return apart
