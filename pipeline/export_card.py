@@ -173,9 +173,15 @@ def human(export: Exported, folder: str) -> Sequence[str]:
     rank = "whole matrices" if export.rank is None else f"rank {export.rank}"
     size = sum(export.sizes.values())
     version = "" if export.version is None else f" version {export.version}"
-    return [
+    lines = [
         folder,
         f"{export.concept}{version} ({export.sha256[:12]}) for {export.format}: {rank}, "
         f"{size / 1e6:.2f} MB; weights off by {export.error['weights']:.2%}, pictures by "
         f"{export.error['pictures']:.2f} of 255 levels",
     ]
+    if export.stored_error is not None:
+        lines.append(
+            f"the adapter itself, of rank {export.stored_rank}, is off from what was trained by "
+            f"{export.stored_error['weights']:.2%} and {export.stored_error['pictures']:.2f} levels"
+        )
+    return lines

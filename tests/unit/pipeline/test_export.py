@@ -25,7 +25,7 @@ from model.sampler import draw, picture_noise
 from pipeline.cli.main import run
 from pipeline.cli.output import Output
 from pipeline.export import export
-from pipeline.export_card import Exported, python_lines
+from pipeline.export_card import Exported, human, python_lines
 from tests.tiny import TinyPaths, build_tiny_pair
 
 ALL = "32"  # the tiny layers' full rank: nothing is lost but round-off
@@ -148,6 +148,7 @@ def test_auto_keeps_the_bound_and_the_rank_that_is_stored(
         stored = export_to(tmp_path / f"stored-{rank}", small, "diffusers", rank)
         assert (stored.rank, stored.error) == (4, {"weights": 0.0, "pictures": 0.0})
         assert stored.stored_rank == 4 and stored.stored_error["weights"] > 0
+        assert "of rank 4" in human(stored, "out")[-1]
     assert export_to(tmp_path / "two", small, "diffusers", "2").error["weights"] > 0
 
 
