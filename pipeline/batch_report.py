@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.evaluate.evaluate import BEFORE, MODELS_TAG, PROTOCOL_TAG
+from components.ingest.cache import disk_error
 from components.ingest.concept_folder import Concept
 from components.register.connection import hide_password
 from components.register.registry import RegisteredVersion, find_versions, get_version
 from components.spec import RunSpec, spec_digest
+from model.errors import InputError
 from pipeline.batch import load_concepts
 from pipeline.curves import curves_of
 from pipeline.figures import LOSSES, METRICS, money
@@ -29,7 +32,10 @@ from pipeline.report import (
     write_report,
 )
 from pipeline.report_pictures import pictures_of
-from pipeline.state import BatchStatus, ConceptState
+from pipeline.state import BatchStatus, ConceptState, state_of
+
+if TYPE_CHECKING:
+    from pipeline.run import ConceptResult
 
 SHOWN = 60  # concepts with pictures; of more the page would become too large to open
 _CURVES = 6  # concepts whose losses can be told apart by colour
@@ -79,6 +85,36 @@ def told_of(status: BatchStatus, registry: str) -> Told:
         concepts=load_concepts(batch),
         registry=registry,
         place=batch.uri,
+    )
+
+
+def check_place(path: Path) -> None:
+    """Make a report's folder, before hours are spent on what it will tell.
+
+    Raises:
+        InputError: when no file can be there.
+    """
+    if path.is_dir():
+        raise InputError(f"--report {path} is a folder: name a file in it, such as report.html")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+
+
+def told_of_training(
+    prefix: str, spec: RunSpec, registry: str, results: Iterable[ConceptResult]
+) -> Told:
+    """Return what there is to tell of a training on this machine."""
+    every = list(results)
+    return Told(
+        name=prefix.rstrip("/").rpartition("/")[2] or prefix,
+        prefix=prefix,
+        state="done",
+        spec=spec,
+        states=[state_of(result) for result in every],
+        concepts={result.id: result.concept for result in every if result.concept is not None},
+        registry=registry,
     )
 
 

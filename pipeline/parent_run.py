@@ -21,7 +21,7 @@ from components.spec import RunSpec, spec_digest, spec_yaml
 from components.train.delivery import RUN_KEY_TAG
 from model.errors import EchoDistillError
 from pipeline.batch import Batch
-from pipeline.batch_report import Told, told_of, write_batch_report
+from pipeline.batch_report import Told, told_of, told_of_training, write_batch_report
 from pipeline.state import BatchView, ConceptState, State, state_of
 
 if TYPE_CHECKING:
@@ -183,23 +183,16 @@ def parent_of_training(
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
     if force:
         key += f"-{time.strftime('%Y%m%d-%H%M%S')}"
-    name = prefix.rstrip("/").rpartition("/")[2] or prefix
     facts = {"prefix": prefix, "concepts": len(concepts), "force": force}
+    name = told_of_training(prefix, spec, registry, []).name
     parent = ParentRun(key, name, spec, registry, facts, "")
-
-    def states() -> list[ConceptState]:
-        return [state_of(result) for result in results.values()]
-
     try:
         yield parent.begin()
     except BaseException:
-        parent.end("KILLED", states())
+        parent.end("KILLED", [state_of(result) for result in results.values()])
         raise
-    parent.end(
-        "FINISHED",
-        states(),
-        lambda: Told(name, prefix, "done", spec, states(), concepts, registry),
-    )
+    told = told_of_training(prefix, spec, registry, results.values())
+    parent.end("FINISHED", told.states, lambda: told)
 
 
 def parent_of_batch(batch: Batch, registry: str) -> ParentRun:

@@ -36,6 +36,15 @@ TrackingUri = Annotated[
         help="MLflow server or database that tracks runs and registers adapters.",
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Write an HTML page: every concept with pictures (from the registry), figures, time "
+        "and cost.",
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Address, BatchName, Debug, Json, Storage, TrackingUri
+from pipeline.cli.options import Address, BatchName, Debug, Json, Report, Storage, TrackingUri
 from pipeline.cli.output import Output
 from pipeline.figures import money
 
@@ -33,15 +33,7 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Draw it anew until the batch is over.")
     ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            metavar="FILE",
-            help="Write an HTML page: every concept with pictures (from the registry), figures, "
-            "time and cost.",
-        ),
-    ] = None,
+    report: Report = None,
     tracking_uri: TrackingUri = None,
     json: Json = False,
     debug: Debug = False,
@@ -132,12 +124,10 @@ def draw(console: Console, concepts: Sequence[ConceptState]) -> None:
 
 
 def _write_report(output: Output, found: BatchStatus, path: Path, tracking_uri: str | None) -> None:
-    from model.errors import InputError
-    from pipeline.batch_report import told_of, write_batch_report
+    from pipeline.batch_report import check_place, told_of, write_batch_report
     from pipeline.tracking import registry_to_read
 
-    if path.is_dir():
-        raise InputError(f"--report {path} is a folder: name a file in it, such as report.html")
+    check_place(path)
     registry = registry_to_read(tracking_uri or found.registry or found.batch.registry)
     with output.noise_to(LOG):
         write_batch_report(told_of(found, registry), path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.interruptible import Interruptible
-from pipeline.cli.options import Base, Debug, Json, Prefix, Sets, SpecFile, TrackingUri
+from pipeline.cli.options import Base, Debug, Json, Prefix, Report, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
 from pipeline.figures import money
 from pipeline.progress import Event
@@ -32,6 +32,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Train concepts again that are registered already.")
     ] = False,
+    report: Report = None,
     tracking_uri: TrackingUri = None,
     json: Json = False,
     debug: Debug = False,
@@ -45,8 +46,13 @@ def train(
     """
     output: Output = context.obj
     resolved = _resolve(base, spec, sets or [], tracking_uri)
+    from pipeline.batch_report import check_place, told_of_training, write_batch_report
     from pipeline.run import train_prefix
     from pipeline.services import abort_training, local_ray
+    from pipeline.tracking import tracking_uri as registry_of
+
+    if report is not None:
+        check_place(report)
 
     job = Interruptible(output)
 
@@ -55,7 +61,14 @@ def train(
         return local_ray(cpus=cpus_at_once(resolved), echo=output.debug)
 
     def work() -> list[ConceptResult]:
-        return train_prefix(prefix, resolved, force=force, progress=job.progress, cluster=cluster)
+        results = train_prefix(
+            prefix, resolved, force=force, progress=job.progress, cluster=cluster
+        )
+        if report is not None:
+            registry = registry_of(spec=resolved)
+            write_batch_report(told_of_training(prefix, resolved, registry, results), report)
+            job.progress(Event("report", "", str(report)))
+        return results
 
     with output.noise_to(LOG):
         results = job.run(work, abort_training)

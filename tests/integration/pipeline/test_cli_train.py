@@ -29,10 +29,11 @@ def refused(done: Finished, code: int, *words: str) -> None:
 def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) -> None:
     base = ("--base", str(tiny_base))
     mark = new_mark()
-    done = run(
-        "train", str(concepts / "my-dog"), *base, *QUICK, "--json", cwd=tmp_path, **{MARK: mark}
-    )
+    words = ("train", str(concepts / "my-dog"), *base, *QUICK, "--report", "report.html", "--json")
+    done = run(*words, cwd=tmp_path, **{MARK: mark})
     assert done.code == 0, done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 3 + 4 and "1 (champion)" in page
     (dog,) = done.document["concepts"]
     assert dog["id"] == "my-dog" and dog["state"] == "trained" and dog["error"] is None
     assert dog["version"] == "1" and len(dog["sha256"]) == 64 and dog["seconds"] > 0
