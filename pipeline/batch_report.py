@@ -201,8 +201,13 @@ def _section(
             if name in figures
         },
         curves=curves,
-        note=one.error or one.note,
+        note=_why(one),
     )
+
+
+def _why(one: ConceptState) -> str:
+    """Say what is wrong and what to do, or what a person should know."""
+    return "; ".join(part for part in (one.error, one.note) if part)
 
 
 def _standing(one: ConceptState) -> str:
@@ -249,7 +254,7 @@ def _report(
         sections=sections,
         footnotes=_footnotes(measured, left_out),
         summary=_summary(told.states, versions, alike=len(measured) < 2),
-        failures=tuple((one.id, one.error) for one in told.states if one.error),
+        failures=tuple((one.id, _why(one)) for one in told.states if one.error),
     )
 
 

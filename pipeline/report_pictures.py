@@ -14,6 +14,7 @@ from components.ingest.concept_folder import Concept
 from components.ingest.pictures import decode
 from components.register.connection import connect
 from components.register.registry import RegisteredVersion
+from components.train.export import PREVIEW_PROMPTS
 from model.adapter_meta import PREVIEW_FILE
 from model.names import ADAPTER_ARTIFACT
 from pipeline.report import SHOWN_PIXELS, Picture, Row
@@ -32,8 +33,6 @@ def pictures_of(
     folder: Path,
 ) -> tuple[Row, ...]:
     """Fetch a concept's pictures into a folder; what can't be had is left out."""
-    from components.train.export import PREVIEW_PROMPTS
-
     folder.mkdir(parents=True)
     noun = concept.class_noun if concept else one.id
     captions = [prompt.format(noun) for prompt in PREVIEW_PROMPTS]

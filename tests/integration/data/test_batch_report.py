@@ -62,7 +62,9 @@ def test_status_writes_a_page_of_every_concept(
             gpu_seconds=24.0, cost=24.0, iteration=9, worker="node-7", promoted=True,
             run_id=version.run_id,
         ),
-        ConceptState("lost", "failed", error="the loss is not finite: lower it", run_id=run_id),
+        ConceptState(
+            "lost", "failed", error="the loss is not finite", note="retry it", run_id=run_id
+        ),
     ]  # fmt: skip
     facts = {one.id: as_facts(one) for one in states}
     documents.write(f"{batch.uri}/{PACKS}/0.json", facts)
@@ -77,7 +79,7 @@ def test_status_writes_a_page_of_every_concept(
     assert set(re.findall(r'(?:src|href)="(.{5})', page)) == {"data:", "#lost", "#tiny"}
     assert "<td>trained</td>" in page and "1 (champion)" in page and "0.710" in page
     assert "node-7" in page and version.sha256[:16] in page and "CLIP tiny" in page
-    assert "the loss is not finite: lower it" in page and "is &lt;no&gt; picture" in page
+    assert "the loss is not finite; retry it" in page and "is &lt;no&gt; picture" in page
     assert page.count("<polyline") == 2 and "1 failed, 1 invalid, 1 trained" in page
 
     # Nothing that can't be fetched costs the page; a folder or no registry is told.
