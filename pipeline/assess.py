@@ -26,6 +26,7 @@ from components.register.registry import (
 from components.spec import RunSpec
 from model.base_pair import BasePair, load_base_pair
 from model.names import CHAMPION
+from pipeline.card import card_of
 from pipeline.progress import Event, Progress
 
 MEASURED = "clip_i"  # a version that has this figure was evaluated
@@ -84,7 +85,9 @@ class Assessor:
                 seeds=settings.seeds,
                 out=out or Path(scratch) / "grids",
             )
-            return record_metrics(version, found, tracking_uri=self._registry), found
+            card = card_of(adapter_dir, found)
+            measured = record_metrics(version, found, tracking_uri=self._registry, card=card)
+        return measured, found
 
     def finish(
         self, version: RegisteredVersion, concept: Concept

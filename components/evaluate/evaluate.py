@@ -224,9 +224,12 @@ def _write_grid(drawn: torch.Tensor, seeds: int, path: Path) -> None:
 
 
 def record_metrics(
-    version: RegisteredVersion, found: Metrics, *, tracking_uri: str
+    version: RegisteredVersion, found: Metrics, *, tracking_uri: str, card: str = ""
 ) -> RegisteredVersion:
-    """Write an evaluation to a version's tags and its run, grids included."""
+    """Write an evaluation to a version's tags and its run, grids included.
+
+    ``card`` becomes the version's description (Markdown).
+    """
     from components.register.connection import connect, reaching
     from components.register.registry import set_metrics, set_tags
 
@@ -237,9 +240,10 @@ def record_metrics(
     }
     set_tags(version, how, tracking_uri=tracking_uri)
     measured = set_metrics(version, found.figures(), tracking_uri=tracking_uri)
-    if version.run_id:
-        client = connect(tracking_uri)
-        with reaching(tracking_uri):
-            for path in found.pictures.values():
-                client.log_artifact(version.run_id, str(path), "evaluation")
+    client = connect(tracking_uri)
+    with reaching(tracking_uri):
+        if card:
+            client.update_model_version(version.name, str(version.version), card)
+        for path in found.pictures.values() if version.run_id else ():
+            client.log_artifact(version.run_id, str(path), "evaluation")
     return measured

@@ -89,6 +89,8 @@ def test_measured_promoted_refused_forced_and_rolled_back(
     assert [Path(path).is_file() for path in one["image_paths"].values()] == [True, True]
     client = MlflowClient(tracking_uri, tracking_uri)
     assert len(client.list_artifacts(version.run_id, "evaluation")) == 2
+    card = client.get_model_version(version.name, "1").description
+    assert "Draws one dog" in card and f"| CLIP-I | {one['metrics']['before_clip_i']:.3f} |" in card
 
     # Without a champion there is nothing to lose; then there is, and the candidate has no figures.
     code, done = command("promote", f"{dog.id}@1")
