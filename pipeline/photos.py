@@ -77,8 +77,8 @@ def _as_they_are(version: RegisteredVersion, recorded: Concept) -> Photos:
         entry = store.find(image.uri)
         if entry is None:
             raise InputError(
-                f"{image.uri} is gone, on which {version.concept_id} version {version.version} was "
-                "trained: name another place of the photos with --concepts"
+                f"{image.uri} is gone, a photo that {version.concept_id} version "
+                f"{version.version} was trained on: name another place with --concepts"
             )
         path = store.fetch(entry)
         found = _checked(image, path)

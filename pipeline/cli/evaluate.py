@@ -105,8 +105,8 @@ def _draw(console: Console, found: list[Evaluated]) -> None:
         console.print(f"measured by {models}", markup=False, soft_wrap=True)
         console.print(f"on {protocol} (prompts x seeds); in brackets the base, asked for the class")
     for one in found:
-        if one.photos.note:
-            console.print(f"{_name(one)}: {one.photos.note}", markup=False, soft_wrap=True)
+        for note in (*one.against, *filter(None, [one.photos.note])):
+            console.print(f"{_name(one)}: {note}", markup=False, soft_wrap=True)
         for path in one.found.pictures.values():
             console.print(str(path), markup=False, soft_wrap=True)
 
@@ -118,14 +118,14 @@ def _table(members: list[Evaluated]) -> Any:
     table = Table(box=None, pad_edge=False)
     for title in ("version", "", *METRICS.values(), "gate"):
         right = title in METRICS.values()
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
     for one in members:
         figures = one.found.figures()
         table.add_row(
             Text(_name(one)),
             "champion" if one.champion else "",
             *(f"{figures[name]:.3f} ({figures[f'before_{name}']:.3f})" for name in METRICS),
-            Text("passed") if one.passed else Text("; ".join(one.against), style="red"),
+            Text("passed") if one.passed else Text("not passed", style="red"),
         )
     return table
 
