@@ -3,9 +3,11 @@
 import pytest
 
 from components.ingest.concept_folder import Concept
+from components.spec import resolve_spec
 from components.train.job import TrainedConcept
 from components.train.progress import TrainEvent
 from model.errors import ServiceError
+from pipeline.pack_run import PackOrder, PackRun
 from pipeline.progress import Event
 from pipeline.run import packs, refuse_full_disk, relay
 
@@ -34,6 +36,15 @@ def test_training_events_say_iterations_pace_and_losses() -> None:
         Event("train", "fox", "0.50 s/it mse 0.123", 10, 100),
         Event("train", "fox", "done", 100, 100),
     ]
+
+
+def test_a_pack_names_the_machine_that_trains_and_not_its_own() -> None:
+    order = PackOrder(resolve_spec("pocket"), "", "pack-0", (), {}, {}, False)
+    pack = PackRun(order)
+    assert pack.look().worker and not pack.look().began
+    pack._hear(TrainEvent("fox", 10, 100, "main", worker="gpu-node-7"))
+    look = pack.look()
+    assert look.began and look.concepts["fox"]["worker"] == "gpu-node-7"
 
 
 def test_a_full_disk_is_no_fault_of_a_concept() -> None:
