@@ -28,7 +28,7 @@ test: $(STAMP) ## Run every test that needs no GPU
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_house.py tests/unit
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/integration tests/chaos
 
-chaos: $(STAMP) ## Train twelve concepts under twenty-five faults (some ten minutes)
+chaos: $(STAMP) ## Train twelve concepts under twenty-five faults; takes many minutes
 	@OMP_NUM_THREADS=1 $(PY) -m tests.chaos
 
 lint: $(STAMP) ## Check style (ruff) and types (mypy)

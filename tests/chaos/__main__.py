@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (sets what Ray and torch read as they are imported)
-from tests.chaos.chaos import Plan, chaos, table
+from tests.chaos.chaos import KINDS, MORE, Plan, chaos, table
 from tests.chaos.checks import problems
 from tests.services import mlflow_process
 
@@ -20,8 +20,11 @@ def main() -> int:
     parser.add_argument("--pack", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *MORE), default=KINDS)
     given = parser.parse_args()
-    plan = Plan(given.concepts, given.faults, given.pack, given.iterations, seed=given.seed)
+    plan = Plan(
+        given.concepts, given.faults, given.pack, given.iterations, tuple(given.kinds), given.seed
+    )
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as work:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,21 +21,35 @@ _RAY = Path(sys.executable).with_name("ray")
 _STORE = str(80 * 2**20)
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Gives a port that is free now, and was not given before."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = int(server.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 class Nodes:
     """A head without CPUs for training, and nodes that come and go; each is a `ray start`."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
+        """Start the head; logs go to `folder`."""
         self._environment = dict(environment)
-        self._log = log.open("w")
+        self._folder = folder
+        folder.mkdir()
+        self._log = (folder / "log.txt").open("w")
         self._scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
         self._gcs, dashboard = free_port(), free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self._workers: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
+        self._stopping = threading.Event()
         self._redis = self._start_redis()
         self._head_words = [
             *("--head", "--port", str(self._gcs), "--num-cpus", "0", "--temp-dir", self._scratch),
@@ -50,32 +65,41 @@ class Nodes:
 
     def restart_head(self) -> int:
         """Kill the head and start it again; gives the number of nodes that were lost with it."""
+        self.wait()  # a node that is starting would be lost with the head
         _kill_tree(self._head)
         lost = 0
         if self._redis is None:  # a new cluster, of which the old nodes know nothing
             lost = len(self._workers)
             while self._workers:
                 _kill_tree(self._workers.pop())
+        # On one machine Ray takes the living nodes for a head that is still there.
+        Path(self._scratch, "ray_current_cluster").unlink(missing_ok=True)
         self._head = self._start_head()
         return lost
 
     def add(self, cpus: int) -> None:
-        """Start a node; it takes seconds to come."""
-        self._workers.append(
-            self._start("--address", f"127.0.0.1:{self._gcs}", "--num-cpus", str(cpus))
-        )
+        """Start a node; it comes some seconds later."""
+        thread = threading.Thread(target=self._add, args=(cpus,))
+        self._threads.append(thread)
+        thread.start()
+
+    def _add(self, cpus: int) -> None:
+        words = ("--address", f"127.0.0.1:{self._gcs}", "--num-cpus", str(cpus))
+        while not self._stopping.is_set():
+            node = self._start(*words)
+            if node is not None:
+                self._workers.append(node)
+                return
 
     def wait(self) -> None:
-        """Wait until all nodes have come: many that start at once wait for each other in vain."""
-        from ray.util.state import list_nodes
-
-        deadline = time.monotonic() + 120
-        while len(list_nodes(self.dashboard)) < 1 + len(self._workers):
-            assert time.monotonic() < deadline, self._said()
-            time.sleep(0.5)
+        """Wait until all nodes that were started have come."""
+        for thread in self._threads:
+            thread.join()
 
     def kill_node(self, which: int) -> int:
         """Kill every process of a node at once, as if its machine was gone; gives their number."""
+        if not self._workers:
+            return 0
         return _kill_tree(self._workers.pop(which % len(self._workers)))
 
     def warn_node(self, seconds: int, *words: str) -> subprocess.Popen[bytes] | None:
@@ -120,6 +144,8 @@ class Nodes:
 
     def stop(self) -> None:
         """Stop everything."""
+        self._stopping.set()
+        self.wait()
         for node in (*self._workers, self._head):
             with suppress(psutil.Error):
                 node.send_signal(signal.SIGTERM)
@@ -144,21 +170,31 @@ class Nodes:
         return subprocess.Popen(words, stdout=self._log, stderr=self._log)
 
     def _start_head(self) -> subprocess.Popen[bytes]:
-        head = self._start(*self._head_words)
+        tries = (self._start(*self._head_words) for _ in range(3))
+        head = next((head for head in tries if head is not None), None)
+        assert head is not None, f"the head did not start: see the logs in {self._folder}"
         deadline, port = time.monotonic() + 120, int(self.dashboard.rpartition(":")[2])
         while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert head.poll() is None and time.monotonic() < deadline, self._said()
+            assert head.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         return head
 
-    def _said(self) -> str:
-        return Path(self._log.name).read_text()[-5000:]
+    def _start(self, *words: str) -> subprocess.Popen[bytes] | None:
+        """Start a node and wait until it has come; None when it did not, on a busy machine.
 
-    def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        command = [str(_RAY), "start", "--block", *words]
-        command += ["--object-store-memory", _STORE]
-        command += ["--dashboard-agent-listen-port", str(free_port())]
-        return subprocess.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+        One at a time: two that start at once on one machine take the same names of sockets.
+        """
+        command = [str(_RAY), "start", "--block", *words, "--object-store-memory", _STORE]
+        with self._starting:
+            command += ["--dashboard-agent-listen-port", str(free_port())]
+            log = self._folder / f"node-{len(list(self._folder.glob('node-*')))}.log"
+            with log.open("w") as file:
+                node = subprocess.Popen(command, env=self._environment, stdout=file, stderr=file)
+            while "Ray runtime started" not in log.read_text():
+                if node.poll() is not None:
+                    return None
+                time.sleep(0.2)
+            return node
 
     def _processes(self) -> list[psutil.Process]:
         found = []

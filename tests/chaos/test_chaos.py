@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.chaos import SHORT, Plan, chaos, table
+from tests.chaos.chaos import KINDS, Plan, chaos, table
 from tests.chaos.checks import problems
 
 
@@ -15,8 +15,8 @@ from tests.chaos.checks import problems
 def test_a_batch_under_faults_ends_as_if_nothing_had_happened(
     tmp_path: Path, mlflow_server: str
 ) -> None:
-    plan = Plan(concepts=3, faults=len(SHORT), pack=3, iterations=80, kinds=SHORT)
+    plan = Plan(concepts=3, faults=len(KINDS), pack=3, iterations=80)
     report = chaos(plan, tmp_path, mlflow_server, lambda line: print(line, flush=True))
     print(table(report))
-    assert {each.kind for each in report.happened} == set(SHORT)
+    assert {each.kind for each in report.happened} == set(KINDS)
     assert problems(plan, report) == []
