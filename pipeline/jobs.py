@@ -188,6 +188,12 @@ def end_lease(batch: Batch, how: str) -> None:
         documents.write(place, {**there.value, "ended": how}, there.tag)
 
 
+def is_lost(batch: Batch) -> bool:
+    """Tell whether a driver began with a batch, did not end, and has not been heard of since."""
+    lease = documents.read(store.join(batch.uri, LEASE))
+    return lease is not None and not lease.value.get("ended") and not is_alive(lease.value)
+
+
 def is_driven(batch: Batch) -> bool:
     """Tell whether a driver works on a batch now."""
     lease = documents.read(store.join(batch.uri, LEASE))

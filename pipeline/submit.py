@@ -19,7 +19,7 @@ from pipeline.batch import (
     storage_for,
     upload_photos,
 )
-from pipeline.jobs import Jobs, end_lease, is_driven
+from pipeline.jobs import Jobs, end_lease, is_driven, is_lost
 from pipeline.progress import Event, Progress
 from pipeline.state import BatchStatus, BatchView
 from pipeline.tracking import tracking_uri
@@ -114,7 +114,8 @@ def retry(
         InputError: when a driver works on it.
         ServiceError: when storage or cluster are out of reach.
     """
-    if jobs.running(batch):
+    # A head that was started again may take a job for running whose driver went with it.
+    if jobs.running(batch) and not is_lost(batch):
         raise InputError(f"the batch {batch.id} is being worked on: wait, or cancel it")
     if is_driven(batch):  # its job is over, but did not say so: it was killed
         end_lease(batch, "interrupted")
