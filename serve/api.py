@@ -136,6 +136,29 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class VersionCard(BaseModel):
+    """One registered version of a concept."""
+
+    version: str
+    adapter_sha256: str
+    created: int
+    aliases: list[str]
+    metrics: dict[str, float]
+
+
+class ConceptCard(BaseModel):
+    """Answer of `GET /v1/concepts/{id}`; `versions` begins with the newest."""
+
+    id: str
+    object: Literal["concept"] = "concept"
+    class_noun: str
+    token: str
+    base: str
+    size: str
+    champion: str | None
+    versions: list[VersionCard]
+
+
 class ErrorDetail(BaseModel):
     """What is wrong, in OpenAI's four fields."""
 

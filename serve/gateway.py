@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from serve.api import (
     LARGEST_SEED,
     ApiError,
+    ConceptCard,
     ErrorBody,
     ImageDatum,
     ImageRequest,
@@ -37,6 +38,7 @@ from serve.auth import ApiKeys
 from serve.guard import App, Guard, error_response, our_fault
 from serve.metrics import CONTENT_TYPE_LATEST, Metrics
 from serve.orders import Order, Painted, PainterClient
+from serve.page import add_page
 from serve.settings import ServeSettings
 
 IMAGES_PATH = "/v1/images/generations"
@@ -90,6 +92,7 @@ def make_http(painter: PainterClient, settings: ServeSettings, keys: ApiKeys) ->
     _add_error_shapes(app)
     _add_images(app, painter, settings, metrics)
     _add_facts(app, painter, metrics)
+    add_page(app)
     return Guard(
         app,
         keys=keys,
@@ -173,6 +176,22 @@ def _add_facts(app: FastAPI, painter: PainterClient, metrics: Metrics) -> None:
         if isinstance(cards, ApiError):
             raise cards
         return ModelList(data=cards)
+
+    @app.get("/v1/concepts/{concept_id}")
+    async def show_concept(concept_id: str) -> ConceptCard:
+        """A concept's words and versions."""
+        card = await painter.concept(concept_id)
+        if isinstance(card, ApiError):
+            raise card
+        return card
+
+    @app.get("/v1/concepts/{concept_id}/preview", response_class=Response)
+    async def show_preview(concept_id: str) -> Response:
+        """The PNG that came with the concept's champion."""
+        picture = await painter.preview(concept_id)
+        if isinstance(picture, ApiError):
+            raise picture
+        return Response(picture, media_type="image/png", headers={"cache-control": "no-cache"})
 
     @app.get("/healthz")
     async def health() -> dict[str, Any]:

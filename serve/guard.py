@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from serve.api import ApiError, server_error
 from serve.auth import ApiKeys
 from serve.metrics import Metrics
+from serve.page import PAGE_PATHS
 
 log = logging.getLogger("echodistill.serve")
 
@@ -28,7 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/healthz",)
+# The page holds nothing of anybody's; what it asks for needs the key.
+OPEN_PATHS = ("/healthz", *PAGE_PATHS)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.api import ApiError, ModelCard, OutputFormat
+from serve.api import ApiError, ConceptCard, ModelCard, OutputFormat
 from serve.registry import Pinned
 
 
@@ -55,6 +55,12 @@ class PainterClient(Protocol):
 
     async def models(self) -> list[ModelCard] | ApiError:
         """What can be asked for."""
+
+    async def concept(self, concept: str) -> ConceptCard | ApiError:
+        """What there is to know of a concept."""
+
+    async def preview(self, concept: str) -> bytes | ApiError:
+        """The PNG that came with a concept's champion."""
 
     async def health(self) -> dict[str, Any]:
         """Facts for `/healthz`; raises when the painter cannot draw."""

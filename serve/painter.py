@@ -7,22 +7,26 @@ not raised, since they travel between processes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from model.adapter import Adapter, prompt_for
 from model.errors import EchoDistillError, InputError, ServiceError
+from model.names import CHAMPION, CONCEPT_ID, METRIC_TAG, SHA256_TAG
 from serve.api import (
-    CONCEPT_ID,
     ApiError,
+    ConceptCard,
     ModelCard,
     ModelRef,
+    VersionCard,
     busy,
     parse_model,
     server_error,
@@ -37,6 +41,7 @@ from serve.store import AdapterStore
 
 log = logging.getLogger("echodistill.serve")
 OWNER = "echodistill"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,25 +80,15 @@ class Painter:
 
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
-        try:
-            return await self._paint(order)
-        except ApiError as error:
-            return error
-        except BadVersionError as error:
-            return server_error(str(error), 502)
-        except ServiceError as error:
-            return busy(str(error), status=503, retry_after=5)
-        except EchoDistillError as error:
-            return server_error(str(error))
+        return await _or_refusal(self._paint(order))
 
     async def models(self) -> list[ModelCard] | ApiError:
         """The base, then every concept with a champion."""
         # The base was not made at a time that matters: 0, as it has no history here.
         cards = [ModelCard(id=self._base, created=0, owned_by=OWNER)]
-        try:
-            listed = await self._in_loader(self._pointers.concepts)
-        except ServiceError as error:
-            return busy(str(error), status=503, retry_after=5)
+        listed = await _or_refusal(self._in_loader(self._pointers.concepts))
+        if isinstance(listed, ApiError):
+            return listed
         for item in listed:
             if item.concept == self._base or not CONCEPT_ID.fullmatch(item.concept):
                 log.warning("registered concept '%s' cannot be served: its name", item.concept)
@@ -107,6 +102,14 @@ class Painter:
                 )
             )
         return cards
+
+    async def concept(self, concept: str) -> ConceptCard | ApiError:
+        """What there is to know of a concept, or why there is nothing."""
+        return await _or_refusal(self._card(concept))
+
+    async def preview(self, concept: str) -> bytes | ApiError:
+        """The PNG that came with a concept's champion, or why there is none."""
+        return await _or_refusal(self._preview(concept))
 
     async def health(self, max_age: float) -> dict[str, Any]:
         """What `/healthz` tells, with a picture at most `max_age` seconds old as its proof.
@@ -164,6 +167,46 @@ class Painter:
         batches = [item.batch for item in drawn]
         return Painted(list(files), prompt, self._size, self._base, pinned, level, seconds, batches)
 
+    async def _card(self, concept: str) -> ConceptCard:
+        facts = await self._in_loader(self._pointers.versions, self._known_id(concept))
+        if not facts:
+            raise unknown_model(concept, "no such concept is registered")
+        champion = next((each for each in facts if CHAMPION in each.aliases), None)
+        told = (champion or facts[0]).tags
+        return ConceptCard(
+            id=concept,
+            class_noun=told.get("class_noun", ""),
+            token=told.get("token", ""),
+            base=self._base,
+            size=self._size,
+            champion=champion and champion.version,
+            versions=[
+                VersionCard(
+                    version=each.version,
+                    adapter_sha256=each.tags.get(SHA256_TAG, ""),
+                    created=each.created,
+                    aliases=list(each.aliases),
+                    metrics=_metrics(each.tags),
+                )
+                for each in facts
+            ],
+        )
+
+    async def _preview(self, concept: str) -> bytes:
+        pinned = await self._in_loader(self._pointers.resolve, self._known_id(concept), CHAMPION)
+        if pinned is None:
+            raise unknown_model(concept, "no such concept has a champion")
+        picture = await self._in_loader(self._store.preview, pinned)
+        if picture is None:
+            raise unknown_model(concept, "its champion has no preview")
+        return bytes(picture)
+
+    def _known_id(self, concept: str) -> str:
+        ref = parse_model(concept, self._base)
+        if ref.concept is None or "@" in concept:
+            raise unknown_model(concept, "give a concept's id")
+        return ref.concept
+
     async def _adapter(self, ref: ModelRef) -> tuple[Pinned | None, Adapter | None, str]:
         if ref.concept is None:
             return None, None, "none"
@@ -198,6 +241,29 @@ class Painter:
 
     async def _in_loader(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, call, *args)
+
+
+async def _or_refusal(answer: Awaitable[T]) -> T | ApiError:
+    try:
+        return await answer
+    except ApiError as error:
+        return error
+    except BadVersionError as error:
+        return server_error(str(error), 502)
+    except ServiceError as error:
+        return busy(str(error), status=503, retry_after=5)
+    except EchoDistillError as error:
+        return server_error(str(error))
+
+
+def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
+    """The figures among a version's tags that JSON can write."""
+    found = {}
+    for name, text in tags.items():
+        if name.startswith(METRIC_TAG):
+            with contextlib.suppress(ValueError):
+                found[name.removeprefix(METRIC_TAG)] = float(text)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _bad_prompt(why: str) -> ApiError:

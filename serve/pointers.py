@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model.errors import ServiceError
-from serve.registry import Listed, Pinned
+from serve.registry import Listed, Pinned, VersionFacts
 
 log = logging.getLogger("echodistill.serve")
 ANSWERS_KEPT = 100_000
 _LISTING = ("", "")  # the key under which the list of concepts is remembered
+_VERSIONS = "\0versions"  # the pointer under which a concept's versions are: no alias is called so
 
 
 class VersionSource(Protocol):
@@ -33,6 +34,9 @@ class VersionSource(Protocol):
 
     def concepts(self) -> list[Listed]:
         """Every concept with a champion."""
+
+    def versions(self, concept: str) -> list[VersionFacts] | None:
+        """Every version of a concept."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,13 @@ class Pointers:
     def concepts(self) -> list[Listed]:
         """Every concept with a champion, by id. Raises ServiceError as `resolve` does."""
         return self._ask(_LISTING, self._source.concepts)
+
+    def versions(self, concept: str) -> list[VersionFacts] | None:
+        """Every version of a concept, the newest first; None when there is no such concept.
+
+        Raises ServiceError as `resolve` does.
+        """
+        return self._ask((concept, _VERSIONS), lambda: self._source.versions(concept))
 
     def _ask(self, key: tuple[str, str], call: Callable[[], Any]) -> Any:
         answer = self._remembered(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from model.errors import EchoDistillError, ServiceError
 from model.names import ADAPTER_ARTIFACT, BASE_HASH_TAG, CHAMPION, MODEL_PREFIX, SHA256_TAG
 
 _LONGEST_VERSION = 9  # digits; what is longer overflows the registry's column
+_MOST_VERSIONS = 200  # that a concept's card tells of
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # MLflow's own defaults keep a request to a dead server busy for many minutes.
@@ -42,6 +43,16 @@ class Listed:
     concept: str
     champion: str
     created: int  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class VersionFacts:
+    """What the registry says of one version of a concept; `tags` are the version's own."""
+
+    version: str
+    created: int  # seconds since 1970
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
 
 
 class Registry:
@@ -92,6 +103,34 @@ class Registry:
                 token = page.token
                 if not token:
                     return sorted(listed, key=lambda item: item.concept)
+
+    def versions(self, concept: str) -> list[VersionFacts] | None:
+        """Every version of a concept, the newest first; None when there is no such concept.
+
+        Raises ServiceError when the registry is out of reach.
+        """
+        if self._empty():
+            return None
+        name = MODEL_PREFIX + concept
+        with self._reaching():
+            try:
+                aliases = self._connection().get_registered_model(name).aliases
+            except Exception as error:
+                if getattr(error, "error_code", None) in _ABSENT:
+                    return None
+                raise
+            found = self._connection().search_model_versions(
+                f"name = '{name}'", max_results=_MOST_VERSIONS, order_by=["version_number DESC"]
+            )
+        return [
+            VersionFacts(
+                version=str(item.version),
+                created=int(item.creation_timestamp // 1000),
+                aliases=tuple(sorted(a for a, v in aliases.items() if str(v) == str(item.version))),
+                tags=dict(item.tags),
+            )
+            for item in found
+        ]
 
     def download(self, pinned: Pinned, folder: Path) -> Path:
         """Copies a version's adapter folder below `folder`; returns where it is.

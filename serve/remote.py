@@ -8,7 +8,7 @@ from typing import Any
 import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.api import ApiError, ModelCard, busy
+from serve.api import ApiError, ConceptCard, ModelCard, busy
 from serve.orders import Order, Painted
 
 
@@ -25,6 +25,14 @@ class RemotePainter:
     async def models(self) -> list[ModelCard] | ApiError:
         """What can be asked for."""
         return await self._call("models")
+
+    async def concept(self, concept: str) -> ConceptCard | ApiError:
+        """What there is to know of a concept."""
+        return await self._call("concept", concept)
+
+    async def preview(self, concept: str) -> bytes | ApiError:
+        """The PNG that came with a concept's champion."""
+        return await self._call("preview", concept)
 
     async def health(self) -> dict[str, Any]:
         """Facts for `/healthz`."""

@@ -14,7 +14,7 @@ from ray import serve as ray_serve
 
 from model.base_pair import BasePair, load_base_pair
 from model.errors import ServiceError
-from serve.api import ApiError, ModelCard
+from serve.api import ApiError, ConceptCard, ModelCard
 from serve.engine import Engine, PictureRequest
 from serve.orders import Order, Painted
 from serve.painter import Drawn, Painter
@@ -76,6 +76,14 @@ class PainterReplica:
     async def models(self) -> list[ModelCard] | ApiError:
         """What can be asked for."""
         return await self._painter.models()
+
+    async def concept(self, concept: str) -> ConceptCard | ApiError:
+        """What there is to know of a concept."""
+        return await self._painter.concept(concept)
+
+    async def preview(self, concept: str) -> bytes | ApiError:
+        """The PNG that came with a concept's champion."""
+        return await self._painter.preview(concept)
 
     async def health(self) -> dict[str, Any]:
         """Facts for `/healthz`; raises when this replica cannot draw."""

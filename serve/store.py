@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Protocol
 
 from model.adapter import Adapter, load_adapter
+from model.adapter_meta import PREVIEW_FILE
 from model.errors import EchoDistillError, ServiceError
 from serve.lru import ByteLru, SingleFlight
 from serve.registry import BadVersionError, Pinned
 
 log = logging.getLogger("echodistill.serve")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST_PREVIEW = 8 * 2**20  # bytes
 
 
 class AdapterSource(Protocol):
@@ -79,6 +82,21 @@ class AdapterStore:
             )
         key = (pinned.concept, pinned.sha256)
         return self._loading.run(key, lambda: self._load(pinned))
+
+    def preview(self, pinned: Pinned) -> bytes | None:
+        """The PNG that came with a version's adapter; None when it has none. Blocks.
+
+        Raises what `adapter` raises: a version that may not draw shows nothing either.
+        """
+        self.adapter(pinned)
+        place = self._folder / pinned.concept / pinned.sha256 / PREVIEW_FILE
+        try:
+            with place.open("rb") as file:
+                data = file.read(_LARGEST_PREVIEW + 1)
+        except OSError:
+            return None
+        sound = data.startswith(_PNG) and len(data) <= _LARGEST_PREVIEW
+        return data if sound else None
 
     def _load(self, pinned: Pinned) -> tuple[Adapter, str]:
         adapter = self.warm(pinned)

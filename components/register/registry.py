@@ -20,6 +20,7 @@ from model.names import (
     CANDIDATE,
     CHAMPION,
     CONCEPT_DIGEST_TAG,
+    METRIC_TAG,
     MODEL_PREFIX,
     SHA256_TAG,
     SPEC_DIGEST_TAG,
@@ -28,7 +29,6 @@ from model.names import (
 if TYPE_CHECKING:
     from components.ingest.concept_folder import Concept
 
-METRIC_TAG = "metric."  # one tag a metric: metric.clip_i
 _MODEL_FILE = Path(__file__).parent / "pyfunc_model.py"
 _PAGE = 1000  # the most that MLflow gives of models in one answer
 _ONE_BY_ONE = 50  # concepts; more are asked for by their spec

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from model.adapter import load_adapter
-from serve.api import ApiError, ImageResponse, ModelCard
+from serve.api import ApiError, ConceptCard, ImageResponse, ModelCard
 from serve.auth import ApiKeys, key_digest
 from serve.engine import Engine, PictureRequest
 from serve.gateway import IMAGES_PATH, make_http
@@ -59,6 +59,12 @@ class Here:
 
     async def models(self) -> list[ModelCard] | ApiError:
         return await self.painter.models()
+
+    async def concept(self, concept: str) -> ConceptCard | ApiError:
+        return await self.painter.concept(concept)
+
+    async def preview(self, concept: str) -> bytes | ApiError:
+        return await self.painter.preview(concept)
 
     async def health(self) -> dict[str, Any]:
         if self.trouble is not None:
