@@ -100,6 +100,7 @@ class Kitchen:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.world = World(world_folder, self.device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(world_folder / "tokenizer")
+        self._latents: LatentSet | None = None
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")
@@ -181,15 +182,17 @@ class Kitchen:
         return load_network(self.state, name).to(self.device)
 
     def _data(self) -> LatentSet:
-        """The world in latents; drawn again by each call (the same), for it is too big to keep."""
-        return encode_world(
-            self.world,
-            self._network("vae"),
-            freeze(vision.text_encoder_of(self._network("clip"))),
-            self.tokenizer,
-            self.recipe.latents,
-            self.dtype,
-        )
+        """The world in latents; too big for the disk, so every process draws it anew, the same."""
+        if self._latents is None:
+            self._latents = encode_world(
+                self.world,
+                self._network("vae"),
+                freeze(vision.text_encoder_of(self._network("clip"))),
+                self.tokenizer,
+                self.recipe.latents,
+                self.dtype,
+            )
+        return self._latents
 
 
 def finished(state: Path, name: str) -> Path:
