@@ -111,6 +111,8 @@ def _prepare_environment(address: str | None) -> None:
 
 def _local_options(cpus: int, folder: Path) -> dict[str, Any]:
     return {
+        # Not None: Ray would join whatever cluster an earlier `ray start` left word of.
+        "address": "local",
         "num_cpus": max(cpus, os.cpu_count() or 1),
         "object_store_memory": OBJECT_STORE_BYTES,
         # Without its agent Ray writes a warning a second; it listens on this machine only.

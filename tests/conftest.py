@@ -28,6 +28,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# The tests bring their own cluster.
+os.environ.pop("RAY_ADDRESS", None)
+
 import pytest
 
 from tests.services import mlflow_process
@@ -97,6 +100,8 @@ def ray_cluster(s3_server: dict[str, str]) -> Iterator[None]:
     # Workers inherit the environment of the raylet, which is this process's when it starts.
     os.environ.update(s3_server)
     ray.init(
+        # Never a cluster that somebody else, or an earlier `ray start`, left word of.
+        address="local",
         num_cpus=8,
         object_store_memory=100 * 2**20,
         include_dashboard=True,
