@@ -20,8 +20,9 @@ from components.ingest.concept_folder import Concept
 from components.register.connection import hide_password
 from components.register.registry import RegisteredVersion, find_versions, get_version
 from components.spec import RunSpec, spec_digest
+from components.train.batch import load_concepts
+from components.train.state import BatchStatus, ConceptState
 from model.errors import InputError
-from pipeline.batch import load_concepts
 from pipeline.curves import curves_of
 from pipeline.figures import LOSSES, METRICS, money
 from pipeline.report import (
@@ -32,7 +33,6 @@ from pipeline.report import (
     write_report,
 )
 from pipeline.report_pictures import pictures_of
-from pipeline.state import BatchStatus, ConceptState, state_of
 
 if TYPE_CHECKING:
     from pipeline.run import ConceptResult
@@ -112,7 +112,7 @@ def told_of_training(
         prefix=prefix,
         state="done",
         spec=spec,
-        states=[state_of(result) for result in every],
+        states=[result.as_state() for result in every],
         concepts={result.id: result.concept for result in every if result.concept is not None},
         registry=registry,
     )

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from threading import Event as Flag
 
+from components.train.batch import load_batch
+from components.train.claims import JOB_NAME, LEASE_SECONDS, Lease
+from components.train.state import ConceptState
 from model.errors import EchoDistillError, InputError
-from pipeline.batch import load_batch
-from pipeline.claims import JOB_NAME, LEASE_SECONDS, Lease
 from pipeline.cli.interruptible import Interruptible
 from pipeline.driver import Driver
 from pipeline.pack_run import log_lines
 from pipeline.progress import Progress
 from pipeline.services import local_ray, quiet_libraries
-from pipeline.state import ConceptState
 
 
 def drive(

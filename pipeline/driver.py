@@ -17,21 +17,20 @@ from dataclasses import dataclass, field, replace
 from threading import Event as Flag
 from typing import Any
 
-from components.ingest import store
+from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, concept_digest
 from components.register.connection import Patience, hide_password
 from components.register.registry import find_versions
 from components.spec import spec_digest
+from components.train.batch import Batch, load_concepts
+from components.train.claims import Claim, Claims, Lease
+from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
 from model.errors import EchoDistillError, ServiceError
-from pipeline import documents
 from pipeline.base import base_hash
-from pipeline.batch import Batch, load_concepts
-from pipeline.claims import Claim, Claims, Lease
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
 from pipeline.run import REGISTRY_SECONDS, ConceptResult, already_note, from_version
-from pipeline.state import FOUND, PACKS, ConceptState, as_facts, concept_states, state_of
 from pipeline.tracking import tracking_uri
 
 LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
@@ -201,7 +200,7 @@ class Driver:
                 continue
             result = from_version(self._concepts[name], version, "already", already_note(version))
             reigns = champion == version.version
-            facts[name] = as_facts(state_of(replace(result, promoted=reigns)))
+            facts[name] = as_facts(replace(result, promoted=reigns).as_state())
         return facts
 
     def _launch(self) -> None:
@@ -331,7 +330,7 @@ class Driver:
 
     def _settle(self, pack: int, result: ConceptResult) -> None:
         before = self._states[result.id]
-        state = state_of(result)
+        state = result.as_state()
         self._states[result.id] = replace(
             state,
             digest=before.digest,

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from components.ingest import store
+from components.ingest import documents, store
+from components.train.batch import Batch
+from components.train.claims import JOB_NAME, LEASE, is_alive
 from model.errors import InputError, ServiceError
-from pipeline import documents
-from pipeline.batch import Batch
-from pipeline.claims import JOB_NAME, LEASE, is_alive
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_SECONDS = 30.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
-from components.ingest import store
+from components.ingest import documents, store
 from components.ingest.cache import cache_root
 from components.ingest.concept_folder import Concept
 from components.register.connection import RegistryAwayError
@@ -29,7 +29,6 @@ from components.train.job import STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
 from model.errors import EchoDistillError, InputError, ServiceError
-from pipeline import documents
 from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
 from pipeline.run import (

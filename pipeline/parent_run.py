@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from components.ingest.concept_folder import Concept
 from components.register.connection import connect, experiment_id, reaching
 from components.spec import RunSpec, spec_digest, spec_yaml
+from components.train.batch import Batch
 from components.train.delivery import RUN_KEY_TAG
+from components.train.state import BatchView, ConceptState, State
 from model.errors import EchoDistillError
-from pipeline.batch import Batch
 from pipeline.batch_report import Told, told_of, told_of_training, write_batch_report
-from pipeline.state import BatchView, ConceptState, State, state_of
 
 if TYPE_CHECKING:
     from pipeline.run import ConceptResult
@@ -189,7 +189,7 @@ def parent_of_training(
     try:
         yield parent.begin()
     except BaseException:
-        parent.end("KILLED", [state_of(result) for result in results.values()])
+        parent.end("KILLED", [result.as_state() for result in results.values()])
         raise
     told = told_of_training(prefix, spec, registry, results.values())
     parent.end("FINISHED", told.states, lambda: told)

@@ -15,10 +15,10 @@ from components.ingest.pictures import decode
 from components.register.connection import connect
 from components.register.registry import RegisteredVersion
 from components.train.export import PREVIEW_PROMPTS
+from components.train.state import ConceptState
 from model.adapter_meta import PREVIEW_FILE
 from model.names import ADAPTER_ARTIFACT
 from pipeline.report import SHOWN_PIXELS, Picture, Row
-from pipeline.state import ConceptState
 
 _PHOTOS = 4
 

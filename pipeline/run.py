@@ -25,14 +25,15 @@ from components.register.registry import (
     set_tags,
 )
 from components.spec import RunSpec, spec_digest
+from components.train.batch import packs, sort_checked
 from components.train.delivery import TrackingSettings, deliver_late
 from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
+from components.train.state import ConceptState
 from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
-from pipeline.batch import packs, sort_checked
 from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
@@ -116,6 +117,24 @@ class ConceptResult:
             "promoted": self.promoted,
             "note": self.note,
         }
+
+    def as_state(self) -> ConceptState:
+        """Return what the concept is at, as a batch's documents tell it."""
+        return ConceptState(
+            self.id,
+            self.state,
+            version=self.version,
+            sha256=self.sha256,
+            seconds=round(self.seconds, 3),
+            gpu_seconds=round(self.gpu_seconds, 3),
+            cost=self.cost,
+            iteration=self.iterations,
+            iterations=self.iterations,
+            run_id=self.run_id,
+            promoted=self.promoted,
+            note=self.note,
+            error=self.error,
+        )
 
 
 def train_prefix(

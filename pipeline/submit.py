@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from components.ingest.concept_folder import CheckedConcept, check_prefix
 from components.register.connection import hide_password
 from components.spec import RunSpec
-from model.errors import InputError, ServiceError
-from pipeline.batch import (
+from components.train.batch import (
     Batch,
     at_storage,
     plan_batch,
@@ -19,9 +18,10 @@ from pipeline.batch import (
     storage_for,
     upload_photos,
 )
+from components.train.state import BatchStatus, BatchView
+from model.errors import InputError, ServiceError
 from pipeline.jobs import Jobs, end_lease, is_driven, is_lost
 from pipeline.progress import Event, Progress
-from pipeline.state import BatchStatus, BatchView
 from pipeline.tracking import tracking_uri
 
 WAIT_SECONDS = 2.0

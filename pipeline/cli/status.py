@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from pipeline.batch import Batch
-    from pipeline.state import BatchStatus, ConceptState
+    from components.train.batch import Batch
+    from components.train.state import BatchStatus, ConceptState
 
 LOG = Path("runs/logs/status.txt")
 WATCH_SECONDS = 3.0
@@ -43,7 +43,7 @@ def status(
     Exit code 1 when a concept is not valid or failed.
     """
     output: Output = context.obj
-    from pipeline.state import BatchView
+    from components.train.state import BatchView
 
     view = BatchView(_uri(batch, storage))
     found = view.read()
@@ -92,7 +92,7 @@ def logs(
 
 def named_batch(given: str | None, storage: str | None) -> Batch:
     """Load the batch that a command names."""
-    from pipeline.batch import load_batch
+    from components.train.batch import load_batch
 
     return load_batch(_uri(given, storage))
 
@@ -137,7 +137,7 @@ def _write_report(output: Output, found: BatchStatus, path: Path, tracking_uri: 
 def _uri(given: str | None, storage: str | None) -> str:
     from components.ingest import store
     from components.spec import TrainSpec
-    from pipeline.batch import find_batch
+    from components.train.batch import find_batch
 
     place = storage or TrainSpec().storage_path
     if not store.is_s3(place):
@@ -190,7 +190,7 @@ def _watch(output: Output, view: object, found: BatchStatus) -> BatchStatus:
     """Draw a status anew until the batch is over: what moves first, as much as fits."""
     from rich.live import Live
 
-    from pipeline.state import BatchView
+    from components.train.state import BatchView
 
     assert isinstance(view, BatchView)
     if output.as_json or not output.console.is_terminal:

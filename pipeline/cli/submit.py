@@ -26,9 +26,9 @@ from pipeline.cli.status import draw, named_batch, show
 from pipeline.cli.train import _resolve
 
 if TYPE_CHECKING:
-    from pipeline.batch import Batch
+    from components.train.batch import Batch
+    from components.train.state import BatchStatus
     from pipeline.jobs import Jobs
-    from pipeline.state import BatchStatus
     from pipeline.submit import Checked
 
 LOG = Path("runs/logs/submit.txt")
@@ -134,7 +134,7 @@ def cancel(
 ) -> None:
     """Stop a batch. What is trained stays; what was begun can go on (`retry`, or submit again)."""
     output: Output = context.obj
-    from pipeline.state import BatchView
+    from components.train.state import BatchView
 
     found = named_batch(batch, storage)
     _jobs(address).cancel(found)
@@ -161,7 +161,7 @@ def _environment(env: list[str] | None) -> dict[str, str]:
 
 def _refuse(output: Output, checked: Checked) -> None:
     """Say why nothing was submitted, and end."""
-    from pipeline.state import ConceptState
+    from components.train.state import ConceptState
 
     states = [
         ConceptState(name, "invalid", error="; ".join(problems))
@@ -180,8 +180,8 @@ def _refuse(output: Output, checked: Checked) -> None:
 
 def _end(output: Output, batch: Batch, jobs: Jobs, job: str, wait: bool) -> None:
     """Show the batch: as it ends, or as it begins."""
+    from components.train.state import BatchView
     from pipeline import submit as batches
-    from pipeline.state import BatchView
 
     view = BatchView(batch.uri)
     if not wait:

@@ -23,13 +23,13 @@ from threading import Event
 from components.ingest.concept_folder import CheckedConcept, Concept, ReferenceImage
 from components.register.registry import find_versions, model_name
 from components.spec import RunSpec, resolve_spec, spec_digest
+from components.train.batch import Batch, at_storage, load_batch, plan_batch, save_batch
+from components.train.claims import Claims, Lease
+from components.train.state import BatchView
 from model.names import CHAMPION, CONCEPT_DIGEST_TAG, SHA256_TAG, SPEC_DIGEST_TAG
-from pipeline.batch import Batch, at_storage, load_batch, plan_batch, save_batch
-from pipeline.claims import Claims, Lease
 from pipeline.driver import Driver
 from pipeline.progress import silent
 from pipeline.run import ConceptResult
-from pipeline.state import BatchView
 
 PHOTOS = 5
 seconds: dict[str, float] = {}

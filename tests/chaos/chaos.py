@@ -27,13 +27,13 @@ from PIL import Image
 from components.ingest.concept_folder import Concept
 from components.register.registry import fetch_adapter, get_version
 from components.spec import resolve_spec
+from components.train.batch import Batch
+from components.train.state import BatchStatus, BatchView
 from model.errors import InputError, ServiceError
 from model.names import CANDIDATE
 from pipeline.base import base_settings
-from pipeline.batch import Batch
 from pipeline.jobs import Jobs
 from pipeline.progress import silent
-from pipeline.state import BatchStatus, BatchView
 from pipeline.submit import check, retry, submit
 from tests.chaos.nodes import Nodes
 from tests.chaos.undisturbed import differences, train_undisturbed

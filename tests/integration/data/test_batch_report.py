@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from components.evaluate.evaluate import MODELS_TAG, PROTOCOL_TAG
+from components.ingest import documents
 from components.ingest.concept_folder import CheckedConcept, Concept
 from components.register.registry import register_adapter, set_metrics, set_tags
 from components.spec import resolve_spec
+from components.train.batch import at_storage, plan_batch, save_batch
+from components.train.claims import LEASE
+from components.train.state import FOUND, PACKS, ConceptState, as_facts
 from components.train.tracking import Tracker, TrackingSettings
-from pipeline import documents
-from pipeline.batch import at_storage, plan_batch, save_batch
-from pipeline.claims import LEASE
 from pipeline.cli import main
 from pipeline.cli.output import Output
-from pipeline.state import FOUND, PACKS, ConceptState, as_facts
 from tests.integration.data.conftest import MakeAdapter
 
 

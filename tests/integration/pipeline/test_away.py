@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from components.train.state import BatchView
 from pipeline.drive import drive
 from pipeline.progress import Event
-from pipeline.state import BatchView
 from tests.conftest import S3Bucket
 from tests.faults import Faults, everything, faulty_proxy
 from tests.integration.pipeline.test_driver import planned, states, until

@@ -20,15 +20,22 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from components.ingest import documents
 from components.ingest.concept_folder import check_prefix
-from pipeline import documents
+from components.train.batch import (
+    Batch,
+    at_storage,
+    plan_batch,
+    save_batch,
+    storage_for,
+    upload_photos,
+)
+from components.train.claims import LEASE
+from components.train.state import BatchStatus, BatchView, ConceptState
 from pipeline.base import base_hash
-from pipeline.batch import Batch, at_storage, plan_batch, save_batch, storage_for, upload_photos
-from pipeline.claims import LEASE
 from pipeline.drive import drive
 from pipeline.parent_run import BATCH_TAG
 from pipeline.progress import Event, silent
-from pipeline.state import BatchStatus, BatchView, ConceptState
 from tests.conftest import S3Bucket
 from tests.integration.pipeline.test_run import spec_for
 

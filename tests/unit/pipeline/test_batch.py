@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from components.ingest import documents
 from components.ingest.concept_folder import CheckedConcept, Concept, check_prefix
 from components.spec import RunSpec, resolve_spec
-from model.errors import InputError
-from pipeline import documents
-from pipeline.batch import (
+from components.train.batch import (
     Batch,
     at_storage,
     find_batch,
@@ -25,8 +24,9 @@ from pipeline.batch import (
     storage_for,
     upload_photos,
 )
-from pipeline.claims import LEASE
-from pipeline.state import FOUND, PACKS, BatchView, ConceptState, as_facts
+from components.train.claims import LEASE
+from components.train.state import FOUND, PACKS, BatchView, ConceptState, as_facts
+from model.errors import InputError
 from tests.conftest import S3Bucket
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from components.ingest import documents
+from components.train.claims import LEASE, Claims, Lease
 from model.errors import InputError
-from pipeline import documents
-from pipeline.claims import LEASE, Claims, Lease
 
 
 def test_a_batch_has_one_driver_at_a_time(tmp_path: Path) -> None:

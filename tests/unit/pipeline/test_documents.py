@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from components.ingest import s3
+from components.ingest import documents, s3
+from components.train.claims import LEASE, Claims, Lease
 from model.errors import InputError, ServiceError
-from pipeline import documents
-from pipeline.claims import LEASE, Claims, Lease
 from tests.conftest import S3Bucket
 from tests.faults import Faults, everything, faulty_proxy
 

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 
 from components.ingest.concept_folder import Concept
 from components.spec import resolve_spec
+from components.train.state import ConceptState
 from components.train.tracking import Tracker, TrackingSettings
 from pipeline.batch_report import Told
 from pipeline.parent_run import ParentRun, parent_of_training
 from pipeline.run import ConceptResult
-from pipeline.state import ConceptState
 
 SPEC = resolve_spec("pocket", None, ["cost.gpu_hour=2"])
 

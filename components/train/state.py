@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from components.ingest import store
-from pipeline import documents
-from pipeline.batch import Batch, load_batch
-from pipeline.claims import LEASE, is_alive
-from pipeline.documents import Document
-
-if TYPE_CHECKING:
-    from pipeline.run import ConceptResult
+from components.ingest import documents, store
+from components.ingest.documents import Document
+from components.train.batch import Batch, load_batch
+from components.train.claims import LEASE, is_alive
 
 State = Literal[
     "invalid",  # left out when it was submitted: `error` lists its problems
@@ -197,25 +193,6 @@ def concept_states(
             one = ConceptState(name, **{"digest": digests.get(name), **facts})
         states[name] = one
     return states
-
-
-def state_of(result: ConceptResult) -> ConceptState:
-    """Return what a concept is at whose result is there."""
-    return ConceptState(
-        result.id,
-        result.state,
-        version=result.version,
-        sha256=result.sha256,
-        seconds=round(result.seconds, 3),
-        gpu_seconds=round(result.gpu_seconds, 3),
-        cost=result.cost,
-        iteration=result.iterations,
-        iterations=result.iterations,
-        run_id=result.run_id,
-        promoted=result.promoted,
-        note=result.note,
-        error=result.error,
-    )
 
 
 def as_facts(state: ConceptState) -> dict[str, Any]:

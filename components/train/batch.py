@@ -2,7 +2,7 @@
 
 <storage>/batches/<batch id>/batch.json      what was submitted: run spec, packs, invalid concepts
                              concepts.json   every checked concept: words, photos and their sha256
-                             driver.json     the driver's lease (pipeline/claims.py)
+                             driver.json     the driver's lease (claims.py)
                              found.json      digests, and what the registry had when it started
                              packs/<n>.json  what the concepts of pack n are at
 <storage>/claims/<digest>.json               who trains a digest
@@ -23,12 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from components.ingest import s3, store
+from components.ingest import documents, s3, store
 from components.ingest.cache import replacing
 from components.ingest.concept_folder import CheckedConcept, Concept, ReferenceImage
 from components.spec import RunSpec, TrainSpec
 from model.errors import InputError
-from pipeline import documents
 
 SCHEMA_VERSION = 1
 BATCHES = "batches"

@@ -15,9 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from components.ingest import store
+from components.ingest import documents, store
 from model.errors import EchoDistillError, InputError
-from pipeline import documents
 
 LEASE = "driver.json"
 JOB_NAME = "ECHODISTILL_JOB"  # the environment variable that tells a driver its job's id
