@@ -46,6 +46,9 @@ class Nodes:
         self._scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
         self._gcs, dashboard = free_port(), free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard}"
+        # What Ray Train leaves behind is cleaned up by an actor that looks its cluster up by this,
+        # or by what the last `ray start` on the machine wrote: there may be other clusters on it.
+        self._environment["RAY_ADDRESS"] = f"127.0.0.1:{self._gcs}"
         self._workers: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()

@@ -36,17 +36,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     home = tmp_path_factory.mktemp("cluster")
     scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
-    mark, port = new_mark(), free_port()
+    mark, port, gcs = new_mark(), free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--port", "0", "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
+        *("--port", str(gcs), "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
         *("--dashboard-agent-listen-port", str(free_port()), "--temp-dir", scratch),
     ]
+    # Its actors look their cluster up by RAY_ADDRESS: there may be others on this machine.
+    own = environment(home, **{MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"})
     with (home / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=environment(home, **{MARK: mark}), stdout=log, stderr=log
-        )
+        head = subprocess.Popen(command, env=own, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)):
