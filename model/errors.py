@@ -25,3 +25,7 @@ class ServiceError(EchoDistillError):
     """A service is out of reach or the disk is full: try again later or elsewhere."""
 
     exit_code = 3
+
+
+class AwayError(ServiceError):
+    """A service does not answer for now: what can wait for it waits."""

@@ -25,12 +25,13 @@ from components.spec import spec_digest
 from components.train.batch import Batch, load_concepts
 from components.train.claims import Claim, Claims, Lease
 from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
-from model.errors import EchoDistillError, ServiceError
+from model.errors import AwayError, EchoDistillError, ServiceError
 from pipeline.base import base_hash
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
 from pipeline.run import REGISTRY_SECONDS, ConceptResult, already_note, from_version
+from pipeline.states import States
 from pipeline.tracking import tracking_uri
 
 LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
@@ -92,11 +93,10 @@ class Driver:
         self._parent = parent_of_batch(batch, self._registry)
         self._concepts: dict[str, Concept] = {}
         self._digests: dict[str, str] = {}
-        self._states: dict[str, ConceptState] = {}
         self._queue: deque[_Turn] = deque()
         self._flights: dict[Any, _Flight] = {}  # by the reference to what run() gives
-        self._changed: set[int] = set()
         self._pool = ThreadPoolExecutor(_WRITERS)
+        self._states = States(batch, self._pool)
 
     def run(self, *, failed: bool = False) -> dict[str, ConceptState]:
         """Take every concept that is not done to its end; returns all states, by id.
@@ -116,13 +116,13 @@ class Driver:
                 self._land()
                 if time.monotonic() - looked >= self._look_seconds:
                     self._look()
-                    self._save()
+                    self._states.save()
                     looked = time.monotonic()
         finally:
             for flight in self._flights.values():
                 _kill(flight.actor)
-            self._save()
-        return self._states
+            self._states.save()
+        return self._states.by_id
 
     def tell_end(self) -> None:
         """Tell MLflow how the batch ended, once its lease has ended."""
@@ -151,10 +151,10 @@ class Driver:
         written = documents.read_folder(store.join(batch.uri, PACKS))
         packs = {name: document.value for name, document in written.items()}
         found: dict[str, Any] = {"digests": self._digests, "already": already}
-        self._states = concept_states(batch, found, packs)
+        states = self._states.by_id = concept_states(batch, found, packs)
         rest = [
             name
-            for name, one in self._states.items()
+            for name, one in states.items()
             if not one.over or (failed and one.state == "failed")
         ]
         if not batch.force and rest:
@@ -164,9 +164,9 @@ class Driver:
         documents.write(place, found)
         for name in rest:
             facts = already.get(name, {})
-            self._states[name] = ConceptState(name, **{"digest": self._digests[name], **facts})
+            states[name] = ConceptState(name, **{"digest": self._digests[name], **facts})
         for number, ids in enumerate(batch.packs):
-            left = tuple(name for name in ids if not self._states[name].over)
+            left = tuple(name for name in ids if not states[name].over)
             if left:
                 self._queue.append(_Turn(number, left))
         count = sum(len(turn.ids) for turn in self._queue)
@@ -180,8 +180,8 @@ class Driver:
         for number, ids in enumerate(self._batch.packs):
             for name in ids:
                 if not self._states[name].over:
-                    self._set(number, name, note=text)
-        self._save()
+                    self._states.set(number, name, note=text)
+        self._states.save()
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -236,12 +236,12 @@ class Driver:
         claims = {name: claim for name, claim in taken.items() if claim is not None}
         held = tuple(name for name in turn.ids if name not in claims)
         for name in held:
-            self._set(turn.pack, name, state="waiting", note="another batch trains it")
+            self._states.set(turn.pack, name, state="waiting", note="another batch trains it")
         if not claims:
             self._requeue(turn.pack, held)
             return False
         for name in claims:
-            self._set(turn.pack, name, state="queued", note="waits for room in the cluster")
+            self._states.set(turn.pack, name, state="queued", note="waits for room in the cluster")
         order = PackOrder(
             spec=self._batch.spec,
             registry=self._registry,
@@ -286,7 +286,7 @@ class Driver:
             seconds = round(time.monotonic() - flight.since, 1)
             for name in flight.turn.ids:
                 facts = {"state": "training", "worker": look.worker, "note": "", "seconds": seconds}
-                self._set(flight.turn.pack, name, **(facts | look.concepts.get(name, {})))
+                self._states.set(flight.turn.pack, name, **(facts | look.concepts.get(name, {})))
 
     def _land(self) -> None:
         """Take over the results of the packs that ended, for at most a moment's wait."""
@@ -304,7 +304,9 @@ class Driver:
                 self._take(turn, ray.get(reference))
             except RayTaskError as error:
                 cause = error.cause
-                if isinstance(cause, ServiceError | RayError):  # it may be back, or another node
+                if isinstance(cause, AwayError):  # however long that takes: nobody's fault
+                    self._wait(turn, str(cause))
+                elif isinstance(cause, ServiceError | RayError):  # perhaps on another node
                     self._again(turn, str(cause), seconds=self._away_seconds)
                 else:
                     ours = isinstance(cause, EchoDistillError)
@@ -314,7 +316,7 @@ class Driver:
             _kill(flight.actor)
             self._release(flight.claims)
             self._requeue(turn.pack, flight.held)
-            self._save()
+            self._states.save()
 
     def _take(self, turn: _Turn, results: Iterable[ConceptResult]) -> None:
         """Take over what became of a pack; those that wait for the registry come again."""
@@ -322,7 +324,7 @@ class Driver:
         for result in results:
             if result.state == "waiting":
                 waiting.append(result.id)
-                self._set(turn.pack, result.id, state="waiting", note=result.note)
+                self._states.set(turn.pack, result.id, state="waiting", note=result.note)
                 self._progress(Event("batch", result.id, result.note))
             else:
                 self._settle(turn.pack, result)
@@ -331,16 +333,17 @@ class Driver:
     def _settle(self, pack: int, result: ConceptResult) -> None:
         before = self._states[result.id]
         state = result.as_state()
-        self._states[result.id] = replace(
+        failed = state.state == "failed"
+        settled = replace(
             state,
             digest=before.digest,
             worker=before.worker,
             loss=before.loss,
-            iteration=before.iteration if state.state == "failed" else state.iteration,
+            iteration=before.iteration if failed else state.iteration,
             iterations=before.iterations or state.iterations,
-            note=self._mend if state.state == "failed" else state.note,
+            note=self._mend if failed else state.note,
         )
-        self._changed.add(pack)
+        self._states.put(pack, settled)
         told = state.error or state.note
         self._progress(Event("batch", result.id, ": ".join(filter(None, (state.state, told)))))
 
@@ -357,9 +360,18 @@ class Driver:
             return
         self._progress(Event("batch", self._batch.run_name(turn.pack), f"once more: {reason}"))
         for name in turn.ids:
-            self._set(turn.pack, name, state="queued", note=f"once more: {reason}")
+            self._states.set(turn.pack, name, state="queued", note=f"once more: {reason}")
         not_before = time.monotonic() + seconds
         self._queue.appendleft(replace(turn, attempt=turn.attempt + 1, not_before=not_before))
+
+    def _wait(self, turn: _Turn, reason: str) -> None:
+        """Put a pack whose storage is away into the queue again, as often as it takes."""
+        self._progress(Event("batch", self._batch.run_name(turn.pack), f"waits: {reason}"))
+        for name in turn.ids:
+            self._states.set(
+                turn.pack, name, state="waiting", note=f"waits for the storage: {reason}"
+            )
+        self._queue.appendleft(replace(turn, not_before=time.monotonic() + self._away_seconds))
 
     def _requeue(self, pack: int, held: tuple[str, ...], seconds: float | None = None) -> None:
         wait = self._held_seconds if seconds is None else seconds
@@ -374,31 +386,6 @@ class Driver:
                 log.warning("a claim could not be given back: %s", error)
 
         list(self._pool.map(release, claims))
-
-    def _set(self, pack: int, name: str, **facts: Any) -> None:
-        before = self._states[name]
-        after = replace(before, **facts)
-        if after != before:
-            self._states[name] = after
-            self._changed.add(pack)
-
-    def _save(self) -> None:
-        """Write the packs that changed; what can't be written now is written later."""
-        numbers, self._changed = sorted(self._changed), set()
-
-        def save(number: int) -> int | None:
-            ids = self._batch.packs[number]
-            facts = {name: as_facts(self._states[name]) for name in ids}
-            try:
-                place = store.join(self._batch.uri, f"{PACKS}/{number}.json")
-                documents.write(place, facts)
-            except EchoDistillError as error:
-                log.warning("the state of pack %d could not be written: %s", number, error)
-                return number
-            return None
-
-        unwritten = self._pool.map(save, numbers)
-        self._changed |= {number for number in unwritten if number is not None}
 
 
 def _actor(order: PackOrder) -> Any:

@@ -28,7 +28,7 @@ from components.train.finished import adapters_folder, finished
 from components.train.job import STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
-from model.errors import EchoDistillError, InputError, ServiceError
+from model.errors import AwayError, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
 from pipeline.run import (
@@ -243,8 +243,8 @@ def _settled(
     """Return a concept's result; what goes wrong is that concept's own."""
     try:
         return settle()
-    except RegistryAwayError as error:
-        return waiting(concept, str(error))
+    except AwayError as error:
+        return waiting(concept, error)
     except EchoDistillError as error:
         return failed(concept, made, str(error))
     except Exception as error:  # one concept's, whatever it is

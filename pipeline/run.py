@@ -31,7 +31,7 @@ from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
 from components.train.state import ConceptState
-from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, AwayError, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.base import base_hash
 from pipeline.parent_run import parent_of_training
@@ -367,9 +367,10 @@ def failed(concept: Concept, made: TrainedConcept, error: str) -> ConceptResult:
     )
 
 
-def waiting(concept: Concept, error: str) -> ConceptResult:
-    """Say that a trained concept waits for its registry."""
-    note = f"trained, waits for the registry: {error}"
+def waiting(concept: Concept, error: AwayError) -> ConceptResult:
+    """Say that a trained concept waits for a service."""
+    what = "registry" if isinstance(error, RegistryAwayError) else "storage"
+    note = f"trained, waits for the {what}: {error}"
     return ConceptResult(concept.id, "waiting", note=note, concept=concept)
 
 

@@ -1,7 +1,7 @@
 """S3 through boto3: any endpoint (``AWS_ENDPOINT_URL``), the standard credential chain.
 
 Every failure becomes one sentence: InputError for what the user named or set (bucket, key,
-credentials, endpoint), ServiceError for a service that is out of reach.
+credentials, endpoint), AwayError for a service that is out of reach.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from components.ingest.cache import disk_error
-from model.errors import InputError, ServiceError
+from model.errors import AwayError, InputError
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
@@ -111,7 +111,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _plain_errors(what: str) -> Iterator[None]:
-    """Turn boto's errors in the block into InputError or ServiceError about ``what``."""
+    """Turn boto's errors in the block into InputError or AwayError about ``what``."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -140,7 +140,7 @@ def _raise_answer(what: str, error: Any) -> NoReturn:
             "AWS_SECRET_ACCESS_KEY, AWS_PROFILE and what they may read"
         ) from error
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed"):
-        raise ServiceError(f"{what}: S3 keeps answering {code or status}: try later") from error
+        raise AwayError(f"{what}: S3 keeps answering {code or status}: try later") from error
     raise InputError(f"{what}: S3 answered {code or status}: {_first_line(error)}") from error
 
 
@@ -155,7 +155,7 @@ def _raise_request(what: str, error: Any) -> NoReturn:
         ) from error
     if isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError):
         place = endpoint() or "Amazon S3"
-        raise ServiceError(
+        raise AwayError(
             f"{what}: {place} is out of reach: check AWS_ENDPOINT_URL and the network"
         ) from error
     raise InputError(f"{what}: {_first_line(error)}") from error
@@ -298,4 +298,4 @@ def upload(path: Path, bucket: str, key: str, *, sha256: str) -> None:
             cause = error.__context__ or error.__cause__
             if cause is not None and hasattr(cause, "response"):
                 _raise_answer(what, cause)
-            raise ServiceError(f"{what}: the upload failed: {_first_line(error)}") from error
+            raise AwayError(f"{what}: the upload failed: {_first_line(error)}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from components.ingest.cache import disk_error
-from model.errors import EchoDistillError, InputError, ServiceError
+from model.errors import AwayError, EchoDistillError, InputError
 
 DEFAULT_EXPERIMENT = "echodistill"
 # MLflow's own defaults keep a request to a dead server busy for many minutes.
@@ -42,7 +42,7 @@ _NO_CONNECTION = {
 }
 
 
-class RegistryAwayError(ServiceError):
+class RegistryAwayError(AwayError):
     """The MLflow server does not answer: what was to be told to it waits."""
 
 

@@ -159,12 +159,23 @@ def _fit(job: PackJob, storage: str) -> Any:
     try:
         return trainer.fit().checkpoint
     except RayError as error:  # the cluster or its controller broke, not the training
+        _check_storage(storage)
         raise ServiceError(
             f"Ray broke while it trained {job.run_name}: {_reason(error)}"
         ) from error
     except Failed as error:
         log.error("training %s broke: %s", job.run_name, error)
+        _check_storage(storage)  # one that is away breaks every restart
+        if _of_storage(error):
+            raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
         return f"training broke and used up its restarts: {_reason(error)}"
+
+
+def _of_storage(error: Any) -> bool:
+    """Tell whether a worker broke because Ray Train could not read or write on S3."""
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    return any(isinstance(cause, OSError) and "AWS Error" in str(cause) for cause in causes)
 
 
 def uses_cuda(device: str) -> bool:

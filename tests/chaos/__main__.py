@@ -20,10 +20,17 @@ def main() -> int:
     parser.add_argument("--pack", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--restarts", type=int, default=50)
     parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *MORE), default=KINDS)
     given = parser.parse_args()
     plan = Plan(
-        given.concepts, given.faults, given.pack, given.iterations, tuple(given.kinds), given.seed
+        concepts=given.concepts,
+        faults=given.faults,
+        pack=given.pack,
+        iterations=given.iterations,
+        kinds=tuple(given.kinds),
+        seed=given.seed,
+        restarts=given.restarts,
     )
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

@@ -42,12 +42,14 @@ from tests.tiny import build_tiny_pair
 from tests.unit.train.ranks import on_ranks
 
 KINDS = ("worker", "S3", "MLflow", "node", "driver", "spot")
-MORE = ("head",)  # only when it is asked for: it takes a lease's time, or the whole cluster
+# Only when asked for: one takes a lease's time, or the whole cluster, the other takes minutes.
+MORE = ("head", "outage")
 BUCKET = "chaos"
 PATIENCE = 300.0  # seconds without any progress after which it is given up
 NODES, CPUS = 2, 1
 _LEASE_LOOK = 0.5
 _ASKED_SECONDS = 45.0  # that a driver takes at most to begin after it was asked for
+_OUTAGE = 150  # seconds
 _WARNED = 3  # seconds between a spot node's warning and its end
 
 
@@ -61,6 +63,7 @@ class Plan:
     iterations: int
     kinds: tuple[str, ...] = KINDS
     seed: int = 7
+    restarts: int = 50  # of a pack; the default of the run spec is too few for so many faults
 
 
 @dataclass
@@ -177,6 +180,13 @@ class Chaos:
             self._nodes.take_away(node)
             self._nodes.add(CPUS)
             return f"warned of a node's end {_WARNED} s before; another came"
+        if kind == "outage":  # more than all restarts of a run and all tries of a request last
+            if not self._nodes.has_process("ray::RayTrainWorker"):
+                return None
+            self._s3.away.set()
+            time.sleep(_OUTAGE)
+            self._s3.away.clear()
+            return f"S3 was away for {_OUTAGE} s"
         faults = self._s3 if kind == "S3" else self._mlflow
         if self._random.random() < 0.4:
             seconds = self._random.uniform(4, 8)
@@ -258,7 +268,7 @@ def _settings(plan: Plan, tracking: str) -> tuple[str, ...]:
         "train.sample_every=0",
         "train.cpus_per_worker=1",  # so many threads: more would sum in another order
         "tracking.log_every=4",
-        "train.max_failures=50",
+        f"train.max_failures={plan.restarts}",
         f"pack.size={plan.pack}",
         f"tracking.uri={tracking}",
     )
