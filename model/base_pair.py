@@ -112,7 +112,9 @@ class BasePair:
         Returns its prediction, float32.
         """
         states = z_t.to(self.device, self.dtype)
-        out: Any = unet(states, t.to(self.device), encoder_hidden_states=kv.to(self.dtype))
+        layout = self.teacher_layout if unet is self.teacher else self.student_layout
+        pieces = layout.cut(kv.to(self.dtype))
+        out: Any = unet(states, t.to(self.device), encoder_hidden_states=pieces)
         return out.sample.float()
 
 

@@ -154,6 +154,7 @@ def draw_batch(
         tokenize(pair.tokenizer, [view.prompt], [c.text.token])
         for (c, _), view in zip(keys, drawn, strict=True)
     ]
+    tokens = cat(prompts)
     noise = torch.stack([normal(pair.latent_shape, gen(c, "noise", i)) for c, i in keys])
     t = [integer(0, LAST_STEP, gen(c, "t", i)) for c, i in keys]
     t_align = [integer(loss.align_min_t, loss.align_max_t, gen(c, "t_align", i)) for c, i in keys]
@@ -161,16 +162,16 @@ def draw_batch(
     if loss.perceptual == "swd" and loss.perc_weight > 0:
         shape = (loss.swd_directions, 3, SWD_PATCH, SWD_PATCH)
         raw = torch.stack([normal(shape, gen(c, "swd")) for c in concepts])
-        directions = unit_directions(raw).to(pair.device)
+        directions = _moved(unit_directions(raw), pair)
     return Batch(
         concept=concept,
         images=_stacked_pictures(pictures, pair),
-        masks=torch.stack([view.mask for view in drawn]).to(pair.device),
+        masks=_moved(torch.stack([view.mask for view in drawn]), pair),
         texts=tuple(view.prompt for view in drawn),
-        prompts=cat(prompts).to(pair.device),
-        noise=noise.to(pair.device),
-        t=torch.tensor(t, device=pair.device),
-        t_align=torch.tensor(t_align, device=pair.device),
+        prompts=Prompts(_moved(tokens.ids, pair), _moved(tokens.slots, pair)),
+        noise=_moved(noise, pair),
+        t=_moved(torch.tensor(t), pair),
+        t_align=_moved(torch.tensor(t_align), pair),
         directions=directions,
         n=len(concepts),
         known=_stacked_known(seen) if seen else None,
@@ -226,7 +227,7 @@ def _view(
 def _stacked_pictures(pictures: Sequence[torch.Tensor], pair: BasePair) -> torch.Tensor:
     if not pictures:
         return torch.empty(0, 3, pair.resolution, pair.resolution, device=pair.device)
-    return torch.stack(list(pictures)).to(pair.device)
+    return _moved(torch.stack(list(pictures)), pair)
 
 
 def _stacked_known(
@@ -234,3 +235,10 @@ def _stacked_known(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     features = zip(*(view.features for view in seen), strict=True)
     return torch.stack([v.latents for v in seen]), tuple(torch.stack(each) for each in features)
+
+
+def _moved(tensor: torch.Tensor, pair: BasePair) -> torch.Tensor:
+    """Copy to the pair's device; a GPU is given the copy in its turn, and nobody waits for it."""
+    if pair.device.type != "cuda":
+        return tensor.to(pair.device)
+    return tensor.pin_memory().to(pair.device, non_blocking=True)

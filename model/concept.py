@@ -13,6 +13,7 @@ from torch import nn
 from model.base_pair import BasePair
 from model.cross_attention import keys_values
 from model.errors import InputError
+from model.packing import per_row
 from model.text import Prompts, encode
 
 
@@ -64,7 +65,7 @@ class TeacherWeights(nn.Module):
         """
         if text_states is None:
             assert prompts is not None, "either prompts or text states"
-            text_states = encode(text_encoder, prompts, self.rows[concept.to(self.rows.device)])
+            text_states = encode(text_encoder, prompts, per_row(self.rows, concept))
         return text_states, keys_values(text_states, self.kv, concept)
 
 
@@ -107,7 +108,7 @@ class StudentWeights(nn.Module):
             keys and values [R, L, C_S].
         """
         if self.rows is not None:
-            text_states = encode(text_encoder, prompts, self.rows[concept.to(self.rows.device)])
+            text_states = encode(text_encoder, prompts, per_row(self.rows, concept))
         return keys_values(text_states, self.kv, concept)
 
 

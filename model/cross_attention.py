@@ -1,12 +1,12 @@
 """Cross-attention keys and values, computed outside the UNet.
 
 All `attn2.to_k` and `attn2.to_v` matrices of a UNet are handled as ONE matrix `W` [C, d_text].
-`kv = text_states @ W.T` goes into the UNet as `encoder_hidden_states`, and every cross-attention
-layer reads its own columns of it. So the UNet is a frozen pure function, what is trained are two
-plain tensors, and one batch may mix concepts freely.
+`kv = text_states @ W.T`, cut into the layers' columns, goes into the UNet as
+`encoder_hidden_states`, and every cross-attention layer reads its own pieces. So the UNet is a
+frozen pure function, what is trained are two plain tensors, and one batch may mix concepts freely.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,32 +32,39 @@ class KVLayout:
     slices: tuple[slice, ...]
     width: int
 
+    def cut(self, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut keys and values [R, L, C] into what the UNet takes: views [R, L, c], one a name.
+
+        One cut for all layers: on the way back their gradients are put together once. A slice in
+        every layer would make a whole [R, L, C] of zeros each and add them all up.
+        """
+        return kv.split([rows.stop - rows.start for rows in self.slices], dim=-1)
+
 
 class ReadKeysValues:
-    """Attention processor that takes keys and values from `encoder_hidden_states`' columns.
+    """Attention processor that takes keys and values from `encoder_hidden_states`' pieces.
 
     Otherwise it is diffusers' scaled dot product attention.
     """
 
-    def __init__(self, key: slice, value: slice) -> None:
-        """Remember the layer's columns of the K/V tensor."""
-        self.key = key
-        self.value = value
+    def __init__(self, place: int) -> None:
+        """Remember the place of the layer's keys among the pieces; its values follow."""
+        self.place = place
 
     def __call__(
         self,
         attn: Any,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: Sequence[torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """Attend from `hidden_states` [R, P, c] over `encoder_hidden_states` [R, L, C]."""
+        """Attend from `hidden_states` [R, P, c] over the layer's keys and values [R, L, c]."""
         assert encoder_hidden_states is not None, "cross-attention needs keys and values"
         query = self._heads(attn.to_q(hidden_states), attn.heads)
-        key = self._heads(encoder_hidden_states[..., self.key], attn.heads)
-        value = self._heads(encoder_hidden_states[..., self.value], attn.heads)
+        key = self._heads(encoder_hidden_states[self.place], attn.heads)
+        value = self._heads(encoder_hidden_states[self.place + 1], attn.heads)
         out = F.scaled_dot_product_attention(query, key, value)
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
@@ -70,7 +77,8 @@ class ReadKeysValues:
 def expose_keys_values(unet: nn.Module) -> KVLayout:
     """Make a UNet read keys and values from outside; idempotent.
 
-    Afterwards `unet(z, t, encoder_hidden_states=kv)` takes kv [R, L, C] in place of text states.
+    Afterwards `unet(z, t, encoder_hidden_states=layout.cut(kv))` takes kv [R, L, C] in place of
+    text states.
 
     Raises:
         InputError: for a UNet whose cross-attention is not of the Stable Diffusion 1/2 kind.
@@ -85,7 +93,7 @@ def expose_keys_values(unet: nn.Module) -> KVLayout:
             names.append(f"{path}.{part}.weight")
             slices.append(slice(start, end))
             start = end
-        attn.processor = ReadKeysValues(slices[-2], slices[-1])
+        attn.processor = ReadKeysValues(len(slices) - 2)
     return KVLayout(tuple(names), tuple(slices), start)
 
 

@@ -18,7 +18,7 @@ from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import Backbone, DiscriminatorHeads, Features
 from model.errors import InputError
 from model.identity import ImageProjection, identity_features
-from model.packing import per_concept_mean
+from model.packing import per_concept_mean, per_row
 from model.schedule import LAST_STEP
 from model.settings import LossSettings
 from model.text import encode, tokenize
@@ -153,7 +153,7 @@ def alignment_target(
     _, kv = teacher(pair.text_encoder, None, batch.concept, text_states)
     empty = frozen.empty_states.expand(batch.n, -1, -1)
     _, kv_empty = teacher(pair.text_encoder, None, torch.arange(batch.n), empty)
-    kv_both = torch.cat([kv_empty[batch.concept.to(kv.device)], kv])
+    kv_both = torch.cat([per_row(kv_empty, batch.concept), kv])
     both = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), kv_both)
     uncond, cond = both.chunk(2)
     z_target = schedule.x0(uncond + settings.guidance * (cond - uncond), z_t, t)

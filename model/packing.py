@@ -1,4 +1,4 @@
-"""Linear maps and means along the concept axis of a pack (METHOD.md "Packing").
+"""Linear maps, rows and means along the concept axis of a pack (METHOD.md "Packing").
 
 `concept` [R] long says which concept each row of a batch belongs to. It is kept on the CPU:
 looking at it then costs no wait for the accelerator.
@@ -53,6 +53,15 @@ def grouped_linear(
     ]
     back = torch.cat([rows for _, rows in groups]).argsort().to(x.device)
     return torch.cat(parts)[back]
+
+
+def per_row(values: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
+    """Give each row its concept's values: `values[concept[r]]`, [R, ...] of [N, ...]."""
+    n = len(values)
+    block = block_size(concept, n)
+    if block is None:
+        return values[concept.to(values.device)]
+    return values.unsqueeze(1).expand(n, block, *values.shape[1:]).flatten(0, 1)
 
 
 def per_concept_mean(values: torch.Tensor, concept: torch.Tensor, n: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ schedulers of diffusers work in `z_t / sqrt(abar_t)`; their first-order steps ar
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,9 @@ class NoiseSchedule:
     spacing: str
     steps_offset: int
     final_abar: float
+    _copies: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
@@ -81,7 +84,7 @@ class NoiseSchedule:
 
     def at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Give `abar_t` [R] shaped to multiply `like` [R, ...], float32, on its device."""
-        abar = self.abar.to(t.device)[t].to(like.device)
+        abar = self._abar_on(t.device)[t].to(like.device)
         return abar.view(-1, *([1] * (like.ndim - 1)))
 
     def add_noise(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -112,7 +115,13 @@ class NoiseSchedule:
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """Give the alignment weight `abar_t` [R] of time steps `t` [R]."""
-        return self.abar.to(t.device)[t]
+        return self._abar_on(t.device)[t]
+
+    def _abar_on(self, device: torch.device) -> torch.Tensor:
+        """Give `abar` on a device, copied there once: every copy waits for the device's queue."""
+        if device not in self._copies:
+            self._copies[device] = self.abar.to(device)
+        return self._copies[device]
 
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
         """Give the sampling time steps, from noise to picture, as diffusers spaces them.

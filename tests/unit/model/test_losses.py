@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from model import losses
 from model.packing import block_size, concept_rows, grouped_linear, per_concept_mean
@@ -138,6 +139,21 @@ def test_ms_swd_has_five_scales_when_they_fit_and_is_zero_on_equals() -> None:
     shifted = losses.ms_swd(flat + 0.2, flat, directions)
     one_scale = losses.ms_swd((flat + 0.2)[..., :20, :20], flat[..., :20, :20], directions)
     assert float(shifted) == pytest.approx(float(one_scale), rel=1e-4)
+
+
+def test_ms_swd_goes_back_as_autograd_would_and_keeps_a_byte_an_element() -> None:
+    gen = torch.Generator().manual_seed(4)
+    a, b = (torch.randn(2, 3, 500, generator=gen) for _ in range(2))
+    weight, kept = torch.tensor([2.0, -3.0]), []
+    x, plain = (a.clone().requires_grad_() for _ in range(2))
+    with saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        found = losses._SortedDistance.apply(x, b)
+    expected = (plain.sort(dim=-1).values - b.sort(dim=-1).values).abs().mean(dim=(1, 2))
+    assert torch.equal(found, expected)
+    for each in (found, expected):
+        (each * weight).sum().backward()
+    assert torch.allclose(x.grad, plain.grad, rtol=1e-6, atol=0)
+    assert sum(each.nbytes for each in kept) == a.numel()
 
 
 def test_unit_swd_constants_are_the_papers() -> None:
