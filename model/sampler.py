@@ -152,6 +152,15 @@ def teacher_keys_values(
     return _keys_values(pair, adapters, prompts, weight)
 
 
+@torch.no_grad()
+def text_states(
+    pair: BasePair, adapters: Sequence[Adapter | None], prompts: Sequence[str]
+) -> torch.Tensor:
+    """Encode the prompts of R (adapter, prompt) pairs: [R, L, d]."""
+    tokenized = _tokenize(pair, adapters, prompts)
+    return encode(pair.text_encoder, tokenized, _token_rows(pair, adapters))
+
+
 def picture_noise(pair: BasePair, seeds: Sequence[int]) -> torch.Tensor:
     """Draw the start noise of R pictures [R, c, h, w] on the CPU, each from its seed alone."""
     draws = [generator(seed, _CONCEPT_FREE, 0, "noise") for seed in seeds]
@@ -172,8 +181,7 @@ def _keys_values(
     distinct = list({id(a): a for a in adapters}.values())
     place = {id(adapter): n for n, adapter in enumerate(distinct)}
     concept = torch.tensor([place[id(adapter)] for adapter in adapters])
-    tokenized = _tokenize(pair, adapters, prompts)
-    states = encode(pair.text_encoder, tokenized, _token_rows(pair, adapters))
+    states = text_states(pair, adapters, prompts)
     return keys_values(states, torch.stack([weight(a) for a in distinct]), concept)
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 from model.adapter import Adapter, load_adapter
 from model.adapter_meta import PREVIEW_FILE
 from model.errors import EchoDistillError, ServiceError
+from serve.engine import adapter_bytes
 from serve.lru import ByteLru, SingleFlight
 from serve.registry import BadVersionError, Pinned
 
@@ -150,9 +151,3 @@ class AdapterStore:
                 f"the adapter of '{pinned.concept}' cannot be written to {place.parent} "
                 f"({error.strerror}): free some disk or set another cache."
             ) from error
-
-
-def adapter_bytes(adapter: Adapter) -> int:
-    """Bytes that an adapter's tensors take in memory."""
-    tensors = [*adapter.kv_delta.values(), adapter.token_rows]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -12,11 +12,11 @@ from model.adapter import save_adapter
 from model.adapter_meta import AdapterInfo
 from model.errors import ServiceError
 from serve.endpoint import free_port
-from serve.engine import Engine
+from serve.engine import Engine, adapter_bytes
 from serve.lru import ByteLru, SingleFlight
 from serve.pointers import Pointers
 from serve.registry import BadVersionError, Listed, Pinned, Registry
-from serve.store import AdapterStore, adapter_bytes
+from serve.store import AdapterStore
 from tests.unit.serve.world import Shelf
 
 

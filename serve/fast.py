@@ -1,0 +1,169 @@
+"""Networks made fast on a GPU: channels last, compiled, captured as CUDA graphs.
+
+Everything here keeps the face of `model.base_pair.BasePair`, so that what draws does not know of
+it. Shapes must be static for it: the engine pads its batches to a few sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+from model.base_pair import BasePair
+
+log = logging.getLogger("echodistill.serve")
+Speed = Literal["eager", "graphs", "compile"]
+_WARM_UPS = 3  # calls before a capture: kernels are chosen and workspaces made in them
+
+
+def quicken(pair: BasePair, speed: Speed, *, channels_last: bool = False) -> BasePair:
+    """The pair with a faster student and decoder; the same networks, whose weights stay shared.
+
+    Args:
+        pair: the loaded base pair.
+        speed: `eager` leaves the calls as they are; `graphs` replays them as CUDA graphs, one for
+            each shape; `compile` compiles them first (minutes at the first batch of each shape).
+            Where there is no CUDA device the calls stay eager.
+        channels_last: lay convolutions' weights out as NHWC, on any device.
+    """
+    if channels_last:
+        layout: Any = torch.channels_last  # torch's own types miss this argument
+        for network in (pair.student, pair.vae):
+            network.to(memory_format=layout)
+    if speed == "eager":
+        return pair
+    if pair.device.type != "cuda":
+        log.warning("speed '%s' is for CUDA devices: drawing eagerly on %s", speed, pair.device)
+        return pair
+    student: Any = _Student(_fast(_denoiser(pair.student), speed), pair.student.config)
+    vae: Any = _Decoder(_fast(_decoder(pair.vae), speed), pair.vae.config)
+    return replace(pair, student=student, vae=vae)
+
+
+def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:
+    compiled = torch.compile(function, dynamic=False) if speed == "compile" else function
+    return Captured(compiled, function)
+
+
+def _denoiser(unet: Any) -> Callable[..., torch.Tensor]:
+    def denoise(states: torch.Tensor, t: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor:
+        # One tensor or the layers' pieces of it, as the pair hands them over.
+        given = kv[0] if len(kv) == 1 else kv
+        return unet(states, t, encoder_hidden_states=given, return_dict=False)[0]
+
+    return denoise
+
+
+def _decoder(vae: Any) -> Callable[..., torch.Tensor]:
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents, return_dict=False)[0]
+
+    return decode
+
+
+class Captured:
+    """A function of tensors, replayed as a CUDA graph: one for each set of shapes.
+
+    A function that cannot be captured is called as it is from then on, and a compiled one that
+    cannot be compiled is replaced by its plain self; the log says so once.
+    """
+
+    def __init__(
+        self, function: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]
+    ) -> None:
+        self._function = function
+        self._plain = plain
+        self._graphs: dict[tuple[Any, ...], _Graph | None] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The function's result, in memory of its own."""
+        if inputs[0].device.type != "cuda":
+            return self._plain(*inputs)
+        key = tuple((tuple(each.shape), each.dtype) for each in inputs)
+        with self._lock:
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(inputs)
+            graph = self._graphs[key]
+            if graph is None:
+                return self._function(*inputs)
+            return graph.replay(inputs)
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
+        try:
+            return _Graph.of(self._function, inputs)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            if self._function is not self._plain:
+                log.warning("a network cannot be compiled, it runs without (%s)", reason)
+                self._function = self._plain
+                return self._capture(inputs)
+            log.warning("a network cannot be captured as a CUDA graph (%s)", reason)
+            return None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured call: its inputs are copied in, its output out."""
+
+    graph: Any
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+
+    @classmethod
+    def of(cls, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Graph:
+        held = tuple(each.clone() for each in inputs)
+        # Warm-ups belong on another stream, as torch's notes on CUDA graphs say.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                function(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may copy adapters to the device meanwhile: that is no part of this graph.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = function(*held)
+        return cls(graph, held, output)
+
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes over it
+
+
+@dataclass(frozen=True)
+class _Student:
+    """The student as `BasePair.denoise` calls it."""
+
+    call: Callable[..., torch.Tensor]
+    config: Any
+
+    def __call__(
+        self,
+        states: torch.Tensor,
+        t: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | Sequence[torch.Tensor],
+    ) -> SimpleNamespace:
+        kv = encoder_hidden_states
+        pieces = (kv,) if isinstance(kv, torch.Tensor) else tuple(kv)
+        return SimpleNamespace(sample=self.call(states, t, *pieces))
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The VAE as `BasePair.decode` calls it."""
+
+    call: Callable[..., torch.Tensor]
+    config: Any
+
+    def decode(self, latents: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.call(latents))
