@@ -252,6 +252,7 @@ class Driver:
             force=self._batch.force,
             patience=self._patience_seconds,
             parent=self._parent.begin(),
+            hand_over=self._batch.uri if self._batch.train_only else None,
         )
         actor = _actor(order)
         flown = replace(turn, ids=tuple(claims))

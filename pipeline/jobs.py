@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from components.ingest import documents, store
 from components.train.batch import Batch
-from components.train.claims import JOB_NAME, LEASE, is_alive
+from components.train.claims import JOB_NAME, LEASE, end_lease, is_alive
 from model.errors import InputError, ServiceError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -112,7 +112,7 @@ class Jobs:
                         f"{self.address}"
                     )
                 time.sleep(0.3)
-        end_lease(batch, "cancelled")
+        end_lease(batch.uri, "cancelled")
 
     def _of(self, batch: Batch) -> list[str]:
         """Return the ids of a batch's jobs, in the order in which they were submitted."""
@@ -174,17 +174,6 @@ def entrypoint(uri: str, failed: bool) -> str:
         f'exec "$p" -m pipeline.drive {shlex.quote(uri)}{flag}; done; '
         "echo 'error: echodistill is not installed on this node: use an image that has it'; exit 3"
     )
-
-
-def end_lease(batch: Batch, how: str) -> None:
-    """Say of a batch whose driver was killed, or never began, that it is over."""
-    place = store.join(batch.uri, LEASE)
-    there = documents.read(place)
-    if there is None:
-        ended = {"holder": "", "job": None, "expires": 0.0, "ended": how, "error": None}
-        documents.write(place, ended, documents.ABSENT)
-    elif not there.value.get("ended"):
-        documents.write(place, {**there.value, "ended": how}, there.tag)
 
 
 def is_lost(batch: Batch) -> bool:

@@ -25,6 +25,7 @@ from components.register.registry import RegisteredVersion
 from components.spec import RunSpec
 from components.train.checkpoint import MANIFEST
 from components.train.finished import adapters_folder, finished
+from components.train.handover import hand_over
 from components.train.job import STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
@@ -36,7 +37,10 @@ from pipeline.run import (
     Assessed,
     ConceptResult,
     PackRunner,
+    already_note,
     failed,
+    from_version,
+    handed_over,
     relay,
     waiting,
 )
@@ -64,6 +68,7 @@ class PackOrder:
         force: train registered concepts again.
         patience: seconds that trained concepts wait for a registry that is away.
         parent: the MLflow run of the batch, or None.
+        hand_over: the batch's folder, when adapters are left there and not registered.
     """
 
     spec: RunSpec
@@ -75,6 +80,7 @@ class PackOrder:
     force: bool
     patience: float = REGISTRY_SECONDS
     parent: str | None = None
+    hand_over: str | None = None
 
 
 @dataclass
@@ -120,7 +126,9 @@ class PackRun:
             results = self._registered(runner)
             rest = [concept for concept in order.concepts if concept.id not in results]
             for concept, made in self._made(runner, rest):
-                results[concept.id] = _settled(partial(runner.finish, concept, made), concept, made)
+                results[concept.id] = _settled(
+                    partial(self._finish, runner, concept, made), concept, made
+                )
         finally:
             assessor.close()
             self._tidy()
@@ -139,10 +147,20 @@ class PackRun:
                 break
             if version is not None:
                 known = TrainedConcept(concept.id, "trained")
-                results[concept.id] = _settled(
-                    partial(runner.settle, concept, version), concept, known
-                )
+                settle = partial(runner.settle, concept, version)
+                if self._order.hand_over is not None:
+                    note = already_note(version)
+                    settle = partial(from_version, concept, version, "already", note)
+                results[concept.id] = _settled(settle, concept, known)
         return results
+
+    def _finish(self, runner: PackRunner, concept: Concept, made: TrainedConcept) -> ConceptResult:
+        """Take a trained concept through the registry, or leave it to who will."""
+        folder = self._order.hand_over
+        if folder is None or made.adapter_dir is None:
+            return runner.finish(concept, made)
+        hand_over(made, folder)
+        return handed_over(concept, made)
 
     def _made(
         self, runner: PackRunner, rest: Sequence[Concept]

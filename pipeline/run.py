@@ -24,9 +24,11 @@ from components.register.registry import (
     register_adapter,
     set_tags,
 )
+from components.register.took import COST_TAG, GPU_SECONDS_TAG, SECONDS_TAG, training_tags
 from components.spec import RunSpec, spec_digest
 from components.train.batch import packs, sort_checked
 from components.train.delivery import TrackingSettings, deliver_late
+from components.train.handover import TO_REGISTER
 from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
@@ -42,8 +44,6 @@ State = Literal["trained", "already", "failed", "invalid", "waiting"]
 REGISTRY_SECONDS = 90.0
 Cluster = Callable[[], AbstractContextManager[None]]
 Assessed = tuple[RegisteredVersion, Decision]
-# Tags of a version: what its training took.
-SECONDS_TAG, GPU_SECONDS_TAG, COST_TAG = "train_seconds", "train_gpu_seconds", "train_cost"
 _DISK_FULL = tuple(os.strerror(code) for code in DISK_FULL)
 
 
@@ -332,7 +332,7 @@ class PackRunner:
                 folder, concept, tracking_uri=self._registry, run_id=run_id, force=self._force
             )
         )
-        ask(lambda: set_tags(version, _took(made), tracking_uri=self._registry))
+        ask(lambda: set_tags(version, training_tags(made), tracking_uri=self._registry))
         measured, decision = ask(lambda: self._assessor.assess(version, concept, folder))
         result = replace(
             from_version(concept, measured, "trained"),
@@ -374,9 +374,20 @@ def waiting(concept: Concept, error: AwayError) -> ConceptResult:
     return ConceptResult(concept.id, "waiting", note=note, concept=concept)
 
 
-def _took(made: TrainedConcept) -> dict[str, str]:
-    tags = {SECONDS_TAG: f"{made.seconds:.3f}", GPU_SECONDS_TAG: f"{made.gpu_seconds:.3f}"}
-    return tags if made.cost is None else tags | {COST_TAG: repr(made.cost)}
+def handed_over(concept: Concept, made: TrainedConcept) -> ConceptResult:
+    """Say that a trained concept is left to whoever registers it."""
+    return ConceptResult(
+        concept.id,
+        "trained",
+        sha256=made.sha256,
+        seconds=made.seconds,
+        gpu_seconds=made.gpu_seconds,
+        cost=made.cost,
+        iterations=made.iterations,
+        note=TO_REGISTER,
+        run_id=made.run_id,
+        concept=concept,
+    )
 
 
 def _decided(result: ConceptResult, decision: Decision) -> ConceptResult:

@@ -18,9 +18,10 @@ from components.train.batch import (
     storage_for,
     upload_photos,
 )
+from components.train.claims import end_lease
 from components.train.state import BatchStatus, BatchView
 from model.errors import InputError, ServiceError
-from pipeline.jobs import Jobs, end_lease, is_driven, is_lost
+from pipeline.jobs import Jobs, is_driven, is_lost
 from pipeline.progress import Event, Progress
 from pipeline.tracking import tracking_uri
 
@@ -118,7 +119,7 @@ def retry(
     if jobs.running(batch) and not is_lost(batch):
         raise InputError(f"the batch {batch.id} is being worked on: wait, or cancel it")
     if is_driven(batch):  # its job is over, but did not say so: it was killed
-        end_lease(batch, "interrupted")
+        end_lease(batch.uri, "interrupted")
     return jobs.submit(batch, failed=failed, environment=environment)
 
 
@@ -139,7 +140,7 @@ def wait(view: BatchView, jobs: Jobs, job: str, progress: Progress) -> BatchStat
         gone = gone or (time.monotonic() if over else 0.0)
         time.sleep(WAIT_SECONDS)
     if status.state == "running":  # its driver was killed
-        end_lease(view.batch, "interrupted")
+        end_lease(view.batch.uri, "interrupted")
         status = view.read()
     if not status.over:
         state, message = jobs.state(job)

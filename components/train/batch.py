@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import secrets
 import shutil
@@ -34,6 +36,7 @@ BATCHES = "batches"
 S3_STORAGE = ".echodistill"  # hidden, so that it is no concept of a prefix that is a whole bucket
 _PLAN, _CONCEPTS, _PHOTOS = "batch.json", "concepts.json", "photos"
 _UPLOADS = 16
+_DATED = re.compile(r"-\d{8}-\d{6}-[0-9a-f]{4}$")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Batch:
         waiting: how many packs may wait for room in the cluster at a time.
         registry: where adapters are registered when neither spec nor cluster say so.
         submitted: when, in seconds since 1970.
+        train_only: whether trained adapters are left in the batch's folder (handover.py) for
+            later steps, instead of being registered and measured by the driver.
     """
 
     id: str
@@ -63,6 +68,7 @@ class Batch:
     waiting: int
     registry: str
     submitted: float
+    train_only: bool = False
 
     @property
     def storage(self) -> str:
@@ -87,6 +93,7 @@ def plan_batch(
     registry: str,
     force: bool = False,
     waiting: int = 2,
+    train_only: bool = False,
 ) -> tuple[Batch, dict[str, Concept]]:
     """Plan checked concepts as packs of `pack.size`; one spec, so one base and resolution for all.
 
@@ -108,6 +115,7 @@ def plan_batch(
         waiting=waiting,
         registry=registry,
         submitted=time.time(),
+        train_only=train_only,
     )
     return batch, concepts
 
@@ -134,9 +142,26 @@ def packs(ids: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
 
 def new_id(prefix: str) -> str:
     """Name a batch after its prefix and the time; 47 characters at most, for Kubernetes."""
+    return f"{_short(prefix)}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _short(prefix: str) -> str:
     name = prefix.rstrip("/").rpartition("/")[2].lower()
-    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:20] or "batch"
-    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:20] or "batch"
+
+
+def content_id(batch: Batch, concepts: Mapping[str, Concept]) -> str:
+    """Name a batch after all that its documents say: the same submission has the same id."""
+    content = {
+        "spec": batch.spec.model_dump(mode="json"),
+        "concepts": {name: asdict(each) for name, each in concepts.items()},
+        "invalid": {name: list(each) for name, each in batch.invalid.items()},
+        "registry": batch.registry,
+        "force": batch.force,
+        "train_only": batch.train_only,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{_short(batch.prefix)}-{digest[:16]}"
 
 
 def batch_uri(storage: str, batch_id: str) -> str:
@@ -215,6 +240,7 @@ def save_batch(batch: Batch, concepts: Mapping[str, Concept]) -> None:
         "waiting": batch.waiting,
         "registry": batch.registry,
         "submitted": batch.submitted,
+        "train_only": batch.train_only,
     }
     if documents.write(store.join(batch.uri, _PLAN), facts, documents.ABSENT) is None:
         raise InputError(f"there is a batch {batch.uri} already: submit again")
@@ -261,7 +287,8 @@ def find_batch(given: str | None, storage: str) -> str:
     """
     if given is not None:
         return given.rstrip("/") if "/" in given else batch_uri(storage, given)
-    known = documents.list_folders(store.join(storage, BATCHES))
+    folders = documents.list_folders(store.join(storage, BATCHES))
+    known = [name for name in folders if _DATED.search(name)]  # not those named by content
     if not known:
         raise InputError(f"there is no batch in {storage}: give --storage, or a batch's URI")
     return batch_uri(storage, max(known, key=lambda name: name.split("-")[-3:]))

@@ -33,6 +33,17 @@ def is_alive(lease: Any, holder: str | None = None) -> bool:
     return (holder is None or lease.get("holder") == holder) and lease["expires"] > time.time()
 
 
+def end_lease(batch_uri: str, how: str) -> None:
+    """Say of a batch whose driver was killed, or never began, that it is over."""
+    place = store.join(batch_uri, LEASE)
+    there = documents.read(place)
+    if there is None:
+        ended = {"holder": "", "job": None, "expires": 0.0, "ended": how, "error": None}
+        documents.write(place, ended, documents.ABSENT)
+    elif not there.value.get("ended"):
+        documents.write(place, {**there.value, "ended": how}, there.tag)
+
+
 class Lease:
     """A driver's hold on a batch, renewed by a thread until it ends.
 

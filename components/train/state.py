@@ -7,7 +7,7 @@ reader, so that the end of a batch of thousands is one small write.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -199,6 +199,22 @@ def as_facts(state: ConceptState) -> dict[str, Any]:
     """Return what is written of a state: what differs from a queued concept's, without the id."""
     plain = asdict(ConceptState(state.id))
     return {k: v for k, v in asdict(state).items() if k not in ("id", "digest") and v != plain[k]}
+
+
+def write_states(batch: Batch, changed: Iterable[ConceptState]) -> None:
+    """Write what some concepts are at once no driver works on their batch any more.
+
+    Raises:
+        InputError: when the storage refuses.
+        ServiceError: when it is out of reach.
+    """
+    facts = {one.id: as_facts(one) for one in changed}
+    for number, ids in enumerate(batch.packs):
+        mine = {name: facts[name] for name in ids if name in facts}
+        if mine:
+            place = store.join(batch.uri, f"{PACKS}/{number}.json")
+            there = documents.read(place)
+            documents.write(place, {**(there.value if there else {}), **mine})
 
 
 def _left(one: ConceptState, state: BatchState, batch: Batch) -> ConceptState:

@@ -1,0 +1,13 @@
+"""Tags of a version: what its training took."""
+
+from __future__ import annotations
+
+from components.train.job import TrainedConcept
+
+SECONDS_TAG, GPU_SECONDS_TAG, COST_TAG = "train_seconds", "train_gpu_seconds", "train_cost"
+
+
+def training_tags(made: TrainedConcept) -> dict[str, str]:
+    """Return the tags of a version that was trained so."""
+    tags = {SECONDS_TAG: f"{made.seconds:.3f}", GPU_SECONDS_TAG: f"{made.gpu_seconds:.3f}"}
+    return tags if made.cost is None else tags | {COST_TAG: repr(made.cost)}
