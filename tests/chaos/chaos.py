@@ -87,6 +87,7 @@ class Report:
     versions: dict[str, int]
     apart: dict[str, float]
     drivers: int
+    errors: dict[str, str] = field(default_factory=dict)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -234,12 +235,15 @@ def chaos(plan: Plan, folder: Path, mlflow_url: str, say: Callable[[str], None])
         batch, job = submit(checked, jobs, silent, storage=storage)
         status = runner.run(batch, jobs, job, say)
         seconds = time.monotonic() - began
+        if not all(one.good for one in status.concepts):  # what is said of it, before it is gone
+            say(jobs.logs(batch))
         found = _fetched(status, mlflow_url, folder / "found")
         on_ranks(1, train_undisturbed, spec, _packs(batch, concepts), str(folder / "undisturbed"))
         return Report(
             seconds=seconds,
             happened=runner.happened,
             states={one.id: one.state for one in status.concepts},
+            errors={one.id: one.error for one in status.concepts if one.error},
             versions=found,
             apart=differences(spec, concepts, folder / "found", folder / "undisturbed"),
             drivers=runner.drivers,

@@ -16,7 +16,7 @@ def problems(plan: Plan, report: Report) -> list[str]:
         found.append(f"only {len(report.happened)} of {plan.faults} faults happened")
     for name, state in report.states.items():
         if state not in ("trained", "already"):
-            found.append(f"{name} is {state}")
+            found.append(f"{name} is {state}: {report.errors.get(name, 'no reason given')}")
         if report.versions[name] != 1:
             found.append(f"{name} has {report.versions[name]} versions")
         if report.apart.get(name, 1.0) > TOLERANCE:

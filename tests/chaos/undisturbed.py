@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,15 @@ def differences(
     spec: RunSpec, concepts: Sequence[Concept], found: Path, expected: Path
 ) -> dict[str, float]:
     """Return how far adapters are apart, by concept id: 0 for equal files, else the largest
-    difference of a weight as a part of the largest movement that training made."""
+    difference of a weight as a part of the largest movement that training made; infinite for one
+    that was not found."""
     places = [resolve_model(ref) for ref in (spec.base.teacher, spec.base.student)]
     pair = load_base_pair(*places, name=spec.base.name, resolution=spec.resolution)
     apart = {}
     for concept in concepts:
+        if not (found / concept.id).exists():
+            apart[concept.id] = math.inf
+            continue
         one, other = (load_adapter(folder / concept.id) for folder in (found, expected))
         row = initial_row(pair, concept.initializer or concept.class_noun).cpu()[None]
         pairs = [
