@@ -23,3 +23,6 @@ BASE_HASH_TAG = "base_hash"
 SHA256_TAG = "adapter_sha256"
 METRIC_TAG = "metric."
 """A version has one tag a figure: `metric.clip_i`."""
+
+METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
+"""What a person calls the figures that programs name shortly."""

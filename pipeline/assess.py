@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from components.evaluate.evaluate import (
-    FeatureModels,
-    Metrics,
-    evaluate_adapter,
-    load_feature_models,
-    record_metrics,
-)
+from components.evaluate.evaluate import Metrics
+from components.evaluate.measure import MEASURED, Measurer
 from components.ingest.concept_folder import Concept
-from components.ingest.store import resolve_model
 from components.promote.promote import Decision, promote
-from components.register.registry import (
-    RegisteredVersion,
-    fetch_adapter,
-    get_version,
-)
+from components.register.registry import RegisteredVersion, get_version
 from components.spec import RunSpec
-from model.base_pair import BasePair, load_base_pair
 from model.names import CHAMPION
-from pipeline.card import card_of
 from pipeline.progress import Event, Progress
-
-MEASURED = "clip_i"  # a version that has this figure was evaluated
 
 
 class Assessor:
@@ -39,6 +21,7 @@ class Assessor:
         self._spec = spec
         self._registry = registry
         self._progress = progress
+        self._measurer = Measurer(spec, registry)
 
     def assess(
         self, version: RegisteredVersion, concept: Concept, adapter_dir: Path | None = None
@@ -57,37 +40,11 @@ class Assessor:
         adapter_dir: Path | None = None,
         out: Path | None = None,
     ) -> tuple[RegisteredVersion, Metrics]:
-        """Measure a version and record the figures; returns it with them.
-
-        Args:
-            version: which one.
-            concept: with the reference photos.
-            adapter_dir: its adapter; by default it comes from the registry.
-            out: a folder to keep the pictures in; None keeps them with the version's run only.
-        """
+        """Measure a version and record the figures; returns it with them (see `Measurer`)."""
         settings = self._spec.evaluate
-        self._progress(
-            Event(
-                "evaluate",
-                concept.id,
-                f"version {version.version}: {settings.prompts} prompts, {settings.seeds} seeds",
-            )
-        )
-        with tempfile.TemporaryDirectory(prefix="echodistill-evaluate-") as scratch:
-            if adapter_dir is None:
-                adapter_dir = fetch_adapter(version, Path(scratch), tracking_uri=self._registry)
-            found = evaluate_adapter(
-                adapter_dir,
-                concept,
-                pair=self._pair,
-                models=self._models,
-                prompts=settings.prompts,
-                seeds=settings.seeds,
-                out=out or Path(scratch) / "grids",
-            )
-            card = card_of(adapter_dir, found)
-            measured = record_metrics(version, found, tracking_uri=self._registry, card=card)
-        return measured, found
+        words = f"version {version.version}: {settings.prompts} prompts, {settings.seeds} seeds"
+        self._progress(Event("evaluate", concept.id, words))
+        return self._measurer.measure(version, concept, adapter_dir, out)
 
     def finish(
         self, version: RegisteredVersion, concept: Concept
@@ -111,32 +68,3 @@ class Assessor:
             Event("promote", concept.id, f"version {version.version} {stays}: {reasons}")
         )
         return decision
-
-    @cached_property
-    def _pair(self) -> BasePair:
-        base = self._spec.base
-        # Pictures are the student's alone, so it stands in for the teacher, which may be large.
-        student = resolve_model(base.student)
-        return load_base_pair(
-            student,
-            student,
-            name=base.name,
-            device=self._device,
-            resolution=self._spec.resolution,
-        )
-
-    @cached_property
-    def _models(self) -> FeatureModels:
-        base = self._spec.base
-        return load_feature_models(
-            resolve_model(base.metric_clip),
-            resolve_model(base.metric_dino),
-            clip_name=base.metric_clip,
-            dino_name=base.metric_dino,
-            device=self._device,
-        )
-
-    @property
-    def _device(self) -> str:
-        wanted = self._spec.train.device
-        return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

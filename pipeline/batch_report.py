@@ -23,8 +23,9 @@ from components.spec import RunSpec, spec_digest
 from components.train.batch import load_concepts
 from components.train.state import BatchStatus, ConceptState
 from model.errors import InputError
+from model.names import METRICS
 from pipeline.curves import curves_of
-from pipeline.figures import LOSSES, METRICS, money
+from pipeline.figures import LOSSES, money
 from pipeline.report import (
     ConceptSection,
     Report,

@@ -20,6 +20,7 @@ from components.evaluate.truth import truth_prompts
 from components.ingest.concept_folder import Concept, check_prefix, concept_digest
 from components.ingest.store import resolve_model
 from components.spec import RunSpec, spec_digest
+from components.train.base_hash import base_hash
 from components.train.job import ADAPTERS, BasePaths, pack_name
 from components.train.pack import train_pack
 from model.adapter import Adapter, load_adapter, prompt_for
@@ -28,7 +29,6 @@ from model.base_pair import BasePair, load_base_pair
 from model.errors import EchoDistillError, InputError
 from model.judge import load_judge
 from model.sampler import draw, draw_teacher
-from pipeline.base import base_hash
 from pipeline.methods import Method, run_spec, trains_student_as_teacher
 from pipeline.progress import Event, Progress
 from pipeline.run import packs, refuse_full_disk, relay

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from components.evaluate.evaluate import BEFORE
 from components.ingest.cache import replacing
 from components.spec import RunSpec
-from pipeline.figures import LOSSES, METRICS
+from model.names import METRICS
+from pipeline.figures import LOSSES
 from pipeline.report import (
     ConceptSection,
     Picture,

@@ -22,11 +22,11 @@ from components.ingest.concept_folder import Concept, concept_digest
 from components.register.connection import Patience, hide_password
 from components.register.registry import find_versions
 from components.spec import spec_digest
+from components.train.base_hash import base_hash
 from components.train.batch import Batch, load_concepts
 from components.train.claims import Claim, Claims, Lease
 from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
 from model.errors import AwayError, EchoDistillError, ServiceError
-from pipeline.base import base_hash
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress

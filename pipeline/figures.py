@@ -1,9 +1,8 @@
-"""What a person reads of figures, losses and money; imports nothing."""
+"""What a person reads of losses and money; imports nothing."""
 
 from __future__ import annotations
 
-# What a person calls the figures and losses that programs name shortly.
-METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
+# What a person calls the losses that programs name shortly.
 LOSSES = {
     "rec": "L_rec: teacher learns the references",
     "mse": "L_mse: student against teacher, latent",

@@ -26,6 +26,7 @@ from components.register.registry import (
 )
 from components.register.took import COST_TAG, GPU_SECONDS_TAG, SECONDS_TAG, training_tags
 from components.spec import RunSpec, spec_digest
+from components.train.base_hash import base_hash
 from components.train.batch import packs, sort_checked
 from components.train.delivery import TrackingSettings, deliver_late
 from components.train.handover import TO_REGISTER
@@ -35,7 +36,6 @@ from components.train.progress import TrainEvent
 from components.train.state import ConceptState
 from model.errors import DISK_FULL, AwayError, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
-from pipeline.base import base_hash
 from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from model.names import METRICS
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Sets, SpecFile, TrackingUri
 from pipeline.cli.output import Output
-from pipeline.figures import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console

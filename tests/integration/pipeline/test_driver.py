@@ -22,6 +22,7 @@ from PIL import Image
 
 from components.ingest import documents
 from components.ingest.concept_folder import check_prefix
+from components.train.base_hash import base_hash
 from components.train.batch import (
     Batch,
     at_storage,
@@ -32,7 +33,6 @@ from components.train.batch import (
 )
 from components.train.claims import LEASE
 from components.train.state import BatchStatus, BatchView, ConceptState
-from pipeline.base import base_hash
 from pipeline.drive import drive
 from pipeline.parent_run import BATCH_TAG
 from pipeline.progress import Event, silent

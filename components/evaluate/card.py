@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.evaluate.evaluate import BEFORE, Metrics
 from model.adapter_meta import CARD_FILE
-from pipeline.figures import METRICS
+from model.names import METRICS
 
 _LONGEST = 5000  # characters of a description that MLflow keeps
 
