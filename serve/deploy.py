@@ -16,6 +16,6 @@ from serve.settings import load_settings
 def endpoint(args: dict[str, Any]) -> ray_serve.Application:
     """The application of these settings.
 
-    Raises InputError for a wrong setting, and when others could reach the endpoint but no key is set.
+    Raises InputError for a wrong setting, and when others could reach the endpoint without a key.
     """
     return build_app(load_settings(**args))
