@@ -22,6 +22,7 @@ SECRETS = {
     "echodistill-redis": {"password"},
     "echodistill-ray": {"auth_token"},
     "echodistill-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+    "echodistill-mlflow": {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
     "echodistill-api-keys": {"api-keys"},
     "echodistill-scrape": {"key"},
 }

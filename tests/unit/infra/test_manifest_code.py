@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import yaml
 
 from serve.app import APP_NAME, GATEWAY_NAME, PAINTER_NAME
 from serve.settings import ServeSettings
-from tests.manifests.rendered import INFRA, batch, containers, sets
+from tests.manifests.rendered import BATCH_URI, INFRA, batch, containers, sets
 
 REPOSITORY = INFRA.parent
 SETS = sets()
@@ -101,9 +104,22 @@ def test_the_gateway_gives_up_before_the_proxy_does() -> None:
 
 
 def test_the_batch_starts_a_module_that_is_there() -> None:
-    python, flag, module, *_ = batch()["spec"]["entrypoint"].split()
-    assert (python, flag) == ("python", "-m")
+    (module,) = re.findall(r"python -m (\S+)", batch()["spec"]["entrypoint"])
     assert importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.parametrize(("ends", "code"), [(0, 0), (1, 0), (3, 1), (130, 1)])
+def test_failed_concepts_are_no_failed_job(ends: int, code: int, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\nexit {ends}\n')
+    python.chmod(0o755)
+    # KubeRay writes the line into a shell's, and Ray's client quotes each word of it again.
+    show = ["bash", "-c", f"printf '%s\\0' {batch()['spec']['entrypoint']}"]
+    words = subprocess.run(show, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(["sh", "-c", shlex.join(words)], env=environment, check=False)
+    assert bool(ended.returncode) == bool(code)
+    assert (tmp_path / "said").read_text() == f"-m pipeline.drive {BATCH_URI}\n"
 
 
 def test_the_batch_has_the_environment_that_submit_gives() -> None:
