@@ -21,7 +21,7 @@ from components.ingest.concept_folder import Concept, check_prefix, concept_dige
 from components.ingest.store import resolve_model
 from components.spec import RunSpec, spec_digest
 from components.train.base_hash import base_hash
-from components.train.job import ADAPTERS, BasePaths, pack_name
+from components.train.job import ADAPTERS, BasePaths, TrainedConcept, pack_name
 from components.train.pack import train_pack
 from model.adapter import Adapter, load_adapter, prompt_for
 from model.adapter_meta import META_FILE
@@ -34,6 +34,7 @@ from pipeline.progress import Event, Progress
 from pipeline.run import packs, refuse_full_disk, relay
 
 Cluster = Callable[[], AbstractContextManager[None]]
+Train = Callable[..., list[TrainedConcept]]
 _BATCH = 8
 
 
@@ -135,6 +136,7 @@ def compare(
     *,
     progress: Progress,
     cluster: Cluster,
+    train: Train = train_pack,
 ) -> Comparison:
     """Train what is not trained yet, then draw and measure every method.
 
@@ -145,6 +147,7 @@ def compare(
         question: prompts and seeds.
         progress: listens; what it raises ends the comparison.
         cluster: opens the Ray that trains; asked only when there is something to train.
+        train: trains a pack; `train_alone` needs no Ray.
 
     Raises:
         InputError: for wrong settings or base.
@@ -154,7 +157,7 @@ def compare(
     trained = _Runs(runs, concepts, progress)
     if trained.missing():
         with cluster():
-            trained.train()
+            trained.train(train)
     painter = _Painter(spec, question)
     meters = {
         concept.id: FidelityMeter(concept, painter.models, painter.judge, spec.resolution)
@@ -195,7 +198,7 @@ class _Runs:
         """Tell whether something is left to train."""
         return len(self.adapters) < len(self._runs) * len(self._concepts)
 
-    def train(self) -> None:
+    def train(self, train: Train) -> None:
         """Train every pack that lacks an adapter."""
         for run, spec in self._runs.items():
             for pack in self._packs(run):
@@ -203,7 +206,7 @@ class _Runs:
                     continue
                 names = ", ".join(concept.id for concept in pack)
                 self._progress(Event("train", run, names))
-                made = train_pack(spec, pack, progress=relay(self._labelled(run)))
+                made = train(spec, pack, progress=relay(self._labelled(run)))
                 refuse_full_disk(made, spec.train.storage_path)
                 for one in made:
                     self.seconds[run] = self.seconds.get(run, 0.0) + one.seconds
