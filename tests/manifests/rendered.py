@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.manifests.kustomize import Manifest, apply_patch, build, load
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
@@ -16,8 +18,6 @@ BATCH_URI = "s3://echodistill/.echodistill/batches/b-1"
 
 def sets() -> dict[str, list[Manifest]]:
     """Manifests by where they go; the batch is in each, as that overlay's users create it."""
-    import yaml
-
     cpu = yaml.safe_load((OVERLAYS / "dev" / "batch-on-cpu.yaml").read_text("utf-8"))
     small = batch()
     apply_patch(small, cpu)
@@ -59,3 +59,13 @@ def containers(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
         for key in ("initContainers", "containers"):
             for container in template["spec"].get(key, ()):
                 yield f"{where}.{key}.{container['name']}", container
+
+
+def images() -> set[str]:
+    """Names of the images that run in a cluster, without their tags."""
+    return {
+        container["image"].partition(":")[0]
+        for manifests in sets().values()
+        for manifest in manifests
+        for _, container in containers(manifest)
+    }

@@ -1,0 +1,64 @@
+# syntax=docker/dockerfile:1
+# Batches: driver, packs on GPUs, the pipeline's steps. From the root of the repository:
+#   docker build -f infra/docker/train.Dockerfile -t echodistill/train:0.1.0 .
+#
+# torch's wheels bring CUDA's libraries along, so the base is plain Python: an image of CUDA's would
+# hold them twice. For a reproducible build add the digest to it (...-bookworm@sha256:...).
+ARG PYTHON_IMAGE=python:3.12.10-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# DeepSpeed is a source package, which builds without its kernels: they are not used (DS_BUILD_OPS=0).
+ENV DS_BUILD_OPS=0 PATH=/opt/venv/bin:$PATH
+# The build of torch is the machine's business: this one is for the driver's CUDA. On another one, name
+# its index with --build-arg PIP_EXTRA_INDEX_URL=...
+ARG TORCH=torch==2.13.0
+ARG PIP_EXTRA_INDEX_URL=
+RUN python -m venv /opt/venv
+WORKDIR /app
+# What is installed depends on these alone, so that a change of code builds no layer of gigabytes.
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY model/pocket/NOTICE model/pocket/
+COPY infra/docker/install.sh infra/docker/sbom.py infra/docker/
+RUN infra/docker/install.sh /app pipeline kubeflow "$TORCH" \
+    && python -m pip uninstall --yes echodistill
+COPY model model
+COPY components components
+COPY pipeline pipeline
+COPY serve serve
+COPY infra/k8s/base/rayjob.yaml infra/k8s/base/
+# The code stays where it is and is imported from there; what it needs is there already.
+RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-deps --editable . \
+    && python infra/docker/sbom.py echodistill-train "$(python -c 'from importlib.metadata import version as v; print(v("echodistill"))')" > sbom.json \
+    && python -m compileall -q model components pipeline serve
+
+FROM ${PYTHON_IMAGE}
+# Triton compiles with it what torch fuses; nothing else here needs a compiler.
+# hadolint ignore=DL3008 # the base's digest pins the distribution; its fixes should come in
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 echodistill \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin echodistill \
+    && install -d -o 10001 -g 10001 /var/cache/echodistill
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app /app
+# The NVIDIA runtime gives the container its GPUs by these.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    ECHODISTILL_CACHE=/var/cache/echodistill \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="EchoDistill, training" \
+      org.opencontainers.image.description="Trains batches of concepts on a Ray cluster" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# A number, so that Kubernetes can see that it is not root.
+USER 10001:10001
+# /app is not the user's to write in; what a command writes goes here.
+WORKDIR /tmp
+CMD ["echodistill", "--help"]
