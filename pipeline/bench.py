@@ -24,7 +24,6 @@ from components.spec import RunSpec
 from components.train.engines import start_deepspeed
 from components.train.job import total_iterations
 from components.train.memory import is_out_of_memory, release
-from model.errors import InputError
 from model.iteration import Frozen
 from pipeline import bench_measure as measure
 from pipeline.bench_bases import bench_spec, build_frozen
@@ -76,7 +75,7 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
         ServiceError: when the base can't be fetched.
     """
     began = time.monotonic()
-    device = _device(settings.device)
+    device = measure.find_device(settings.device)
     spec = bench_spec(settings.base, settings.resolution, settings.precision, settings.sets)
     document = _header(settings, spec, device)
     if settings.profile is not None:
@@ -261,16 +260,6 @@ def _header(settings: BenchSettings, spec: RunSpec, device: torch.device) -> dic
         "packs": [],
         "stopped": None,
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"there is no device {name!r}: give auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch finds no CUDA device here: give --device cpu")
-    return torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
 
 
 @contextmanager

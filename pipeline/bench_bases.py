@@ -163,7 +163,7 @@ _TEACHER_SCHEDULE = _BETAS | {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-_STUDENT_SCHEDULE = _BETAS | {
+STUDENT_SCHEDULE = _BETAS | {
     "_class_name": "EulerDiscreteScheduler",
     "prediction_type": "epsilon",
     "timestep_spacing": "trailing",
@@ -220,6 +220,20 @@ def build_frozen(base: str, spec: RunSpec, precision: str, device: torch.device)
     identity = _backbone("clip", clip, dtype)
     frozen = Frozen.build(pair, [*backbones, identity], identity)
     return save_memory(frozen) if spec.train.checkpointing else frozen
+
+
+def random_pair(
+    base: str, resolution: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> BasePair:
+    """Build what draws of a base of random weights; the student stands in for the teacher."""
+    shapes = RANDOM_BASES[base]
+    kinds: list[tuple[Any, dict[str, Any]]] = [
+        (CLIPTextModel, {"config": CLIPTextConfig(**shapes.text, max_position_embeddings=LENGTH)}),
+        (AutoencoderKL, shapes.vae),
+        (UNet2DConditionModel, shapes.unet),
+    ]
+    text_encoder, vae, unet = _random(kinds, seed, device)
+    return _pair(base, resolution, (unet, unet), vae, text_encoder, dtype)
 
 
 def write_photos(folder: Path, count: int, size: int) -> list[Concept]:
@@ -288,7 +302,7 @@ def _pair(
         text_encoder=text_encoder,
         tokenizer=_tokenizer(),
         teacher_schedule=NoiseSchedule.from_config(_TEACHER_SCHEDULE),
-        student_schedule=NoiseSchedule.from_config(_STUDENT_SCHEDULE),
+        student_schedule=NoiseSchedule.from_config(STUDENT_SCHEDULE),
         resolution=resolution,
         latent_shape=(vae.config.latent_channels, side, side),
         hash=f"random-{name}",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from model.errors import InputError
+
 GIB = 2**30
 _TOP = 30  # operators of a profile
 
@@ -163,6 +165,21 @@ class Profile:
         self._profiler.stop()
         averages = self._profiler.key_averages()
         return averages.table(sort_by=self._sort, row_limit=_TOP, max_name_column_width=60)
+
+
+def find_device(name: str) -> torch.device:
+    """Give the device of a name: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        InputError: for another name, and for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"there is no device {name!r}: give auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch finds no CUDA device here: give --device cpu")
+    return torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

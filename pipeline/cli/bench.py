@@ -1,4 +1,7 @@
-"""`echodistill bench train`: how fast training is, against the plain loop of the same method."""
+"""`echodistill bench`: how fast training is, against the plain loop of the same method.
+
+`bench serve` is in `bench_serve.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.bench_serve import serve
 from pipeline.cli.options import Debug, Json, Sets
 from pipeline.cli.output import Output
 
@@ -20,6 +24,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure how fast the product is on
 @app.callback()
 def _root() -> None:
     """Measure how fast the product is on this machine."""
+
+
+app.command("serve")(serve)
 
 
 @app.command("train")

@@ -1,0 +1,86 @@
+"""The engine of the endpoint measured on one GPU, in one go; README.md says how.
+
+Needs no installation of the project, no network, no Ray and no MLflow. What is measured is written
+as it comes, so that a run that is cut short leaves what it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def main() -> int:
+    """Run the benchmark; exit code 1 when other requests change a picture."""
+    arguments = _parsed()
+    began = time.monotonic()
+    from rich.console import Console
+
+    from pipeline.bench_serve import ServeBenchSettings, bench_serve
+    from pipeline.bench_serve_report import draw_report
+    from pipeline.progress import Event
+
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    def write(document: dict[str, Any]) -> None:
+        (out / "serve.json").write_text(json.dumps(document, indent=2) + "\n")
+
+    def say(event: Event) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {event.subject}: {event.text}", flush=True)
+
+    settings = ServeBenchSettings(
+        base=arguments.base,
+        device=arguments.device,
+        concepts=arguments.concepts,
+        batches=arguments.batches,
+        dtype=arguments.dtype,
+        speeds=arguments.speeds,
+        channels_last=arguments.channels_last,
+        rank=arguments.rank,
+        resident=arguments.resident,
+        seconds=arguments.seconds,
+    )
+    document = bench_serve(settings, say, write)
+    with (out / "serve.txt").open("w") as file:
+        draw_report(Console(file=file, width=120), document)
+    print((out / "serve.txt").read_text(), flush=True)
+    return 0 if document["check"]["passed"] else 1
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="sd-turbo", help="sd-turbo, sd-turbo-mini or pocket")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--concepts", type=int, default=32, help="different ones in a batch")
+    parser.add_argument(
+        "--batches",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        help="sizes such as 1,8,32",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--speeds",
+        type=lambda text: tuple(text.split(",")),
+        help="of eager,graphs,compile; without, all of them on a GPU",
+    )
+    parser.add_argument("--channels-last", action="store_true", help="also where not compiled")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--resident", type=int, default=1000, help="adapters kept at once")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
