@@ -73,6 +73,13 @@ def write_layout(tokenizer_folder: Path, out: Path) -> None:
             )
         for path in work.rglob("*.safetensors"):
             path.unlink()
+        vocabulary = (
+            work / "teacher" / "tokenizer" / "tokenizer.json"
+        )  # indented, it is twice as long
+        short = json.dumps(
+            json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":")
+        )
+        write_text(vocabulary, short + "\n")
         shutil.copytree(work, out)
 
 
