@@ -37,6 +37,15 @@ class Measurer:
         self._spec = spec
         self._registry = registry
 
+    def load(self) -> None:
+        """Load the networks now.
+
+        Raises:
+            InputError: when one can't be used: that is no concept's fault.
+            ServiceError: when one can't be fetched.
+        """
+        _ = self._pair, self._models
+
     def measure(
         self,
         version: RegisteredVersion,

@@ -246,6 +246,11 @@ def save_batch(batch: Batch, concepts: Mapping[str, Concept]) -> None:
         raise InputError(f"there is a batch {batch.uri} already: submit again")
 
 
+def is_saved(uri: str) -> bool:
+    """Tell whether a batch's documents are there."""
+    return documents.read(store.join(uri, _PLAN)) is not None
+
+
 def load_batch(uri: str) -> Batch:
     """Read what was submitted.
 

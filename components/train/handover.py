@@ -15,7 +15,10 @@ from components.train.job import ADAPTERS, TrainedConcept
 from model.errors import InputError
 
 _TRAINED = "trained"
-TO_REGISTER = "is to be registered"  # note of a concept that was handed over
+# What is left to do of a concept, as its note says it from one step to the next.
+TO_REGISTER = "is to be registered"
+TO_MEASURE = "is registered, and is to be measured"
+TO_JUDGE = "is measured, and is to be put to the gate"
 
 
 def hand_over(made: TrainedConcept, batch_uri: str) -> None:

@@ -113,8 +113,12 @@ def job_state(job: Mapping[str, Any]) -> JobState:
     return JobState(phase in _OVER, phase == "Complete" and outcome == "SUCCEEDED", words)
 
 
-def _filled(manifest: str, batch: Batch, namespace: str, name: str, run: str) -> dict[str, Any]:
-    """Return the RayJob of a manifest, made out to a batch."""
+def rayjob_of(manifest: str) -> dict[str, Any]:
+    """Return the RayJob of a manifest.
+
+    Raises:
+        InputError: when there is not one of them, or no place for the batch in its entrypoint.
+    """
     try:
         found = [each for each in yaml.safe_load_all(manifest) if isinstance(each, dict)]
     except yaml.YAMLError as error:
@@ -123,13 +127,21 @@ def _filled(manifest: str, batch: Batch, namespace: str, name: str, run: str) ->
     if len(rayjobs) != 1:
         raise InputError(f"the manifest holds {len(rayjobs)} RayJobs: give one that holds one")
     job: dict[str, Any] = rayjobs[0]
-    entrypoint = str((job.get("spec") or {}).get("entrypoint", ""))
-    if BATCH_WORD not in entrypoint:
+    if BATCH_WORD not in str((job.get("spec") or {}).get("entrypoint", "")):
         raise InputError(
             f"the RayJob's spec.entrypoint does not say {BATCH_WORD}, which the batch's URI takes "
-            "the place of: write python -m pipeline.drive " + BATCH_WORD
+            f"the place of: write python -m pipeline.drive {BATCH_WORD}"
         )
-    job["spec"]["entrypoint"] = entrypoint.replace(BATCH_WORD, f"{shlex.quote(batch.uri)} --failed")
+    return job
+
+
+def _filled(manifest: str, batch: Batch, namespace: str, name: str, run: str) -> dict[str, Any]:
+    """Return the RayJob of a manifest, made out to a batch."""
+    job = rayjob_of(manifest)
+    entrypoint = str(job["spec"]["entrypoint"])
+    if shlex.quote(batch.uri) != batch.uri:  # it may stand within quotes
+        raise InputError(f"{batch.uri} has characters that a shell takes apart: rename --storage")
+    job["spec"]["entrypoint"] = entrypoint.replace(BATCH_WORD, f"{batch.uri} --failed")
     meta = job.setdefault("metadata", {})
     labels = {**meta.get("labels", {}), BATCH_LABEL: batch.id}
     if run:

@@ -23,6 +23,7 @@ from pipeline.cli import (
     evaluate,
     export,
     generate,
+    pipeline,
     promote,
     serve,
     status,
@@ -51,6 +52,7 @@ EXTRA_OF = {
     "retry": "train",
     "cancel": "train",
     "logs": "train",
+    "pipeline": "pipeline,kubeflow",
 }
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
@@ -74,6 +76,7 @@ app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
+app.add_typer(pipeline.app, name="pipeline")
 
 
 @app.callback()
