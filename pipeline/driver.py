@@ -27,6 +27,7 @@ from components.train.batch import Batch, load_concepts
 from components.train.claims import Claim, Claims, Lease
 from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
 from model.errors import AwayError, EchoDistillError, ServiceError
+from pipeline.metrics import BatchMetrics
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
@@ -96,6 +97,7 @@ class Driver:
         self._queue: deque[_Turn] = deque()
         self._flights: dict[Any, _Flight] = {}  # by the reference to what run() gives
         self._pool = ThreadPoolExecutor(_WRITERS)
+        self._metrics = BatchMetrics()
         self._states = States(batch, self._pool)
 
     def run(self, *, failed: bool = False) -> dict[str, ConceptState]:
@@ -117,11 +119,13 @@ class Driver:
                 if time.monotonic() - looked >= self._look_seconds:
                     self._look()
                     self._states.save()
+                    self._metrics.now(self._states.by_id.values())
                     looked = time.monotonic()
         finally:
             for flight in self._flights.values():
                 _kill(flight.actor)
             self._states.save()
+            self._metrics.now(self._states.by_id.values())
         return self._states.by_id
 
     def tell_end(self) -> None:
@@ -332,6 +336,7 @@ class Driver:
         self._requeue(turn.pack, tuple(waiting), self._away_seconds)
 
     def _settle(self, pack: int, result: ConceptResult) -> None:
+        self._metrics.ended(result)
         before = self._states[result.id]
         state = result.as_state()
         failed = state.state == "failed"
