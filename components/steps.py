@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from components.ingest import store
 from components.spec import RunSpec, resolve_spec
-from components.train.batch import Batch
+from components.train.batch import Batch, storage_for
 from model.errors import EchoDistillError, InputError
 
 Say = Callable[[str], None]
@@ -37,13 +40,28 @@ def step(name: str) -> Iterator[Say]:
         print(f"{stamp} {name}: {text}", flush=True)
 
     try:
-        yield say
+        with _terminable():
+            yield say
     except EchoDistillError as error:
         say(f"error: {error}")
         words = {"step": name, "error": str(error), "exit_code": error.exit_code}
         with suppress(OSError):  # neither in a pod nor in a local run
             Path(os.environ.get(LAST_WORDS, _KUBERNETES)).write_text(json.dumps(words))
         raise SystemExit(error.exit_code) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make an exception of SIGTERM, so that whoever holds a lease gives it back."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def spec_of(text: str) -> RunSpec:
@@ -56,6 +74,11 @@ def spec_of(text: str) -> RunSpec:
         path = Path(folder) / "spec"
         path.write_text(text, encoding="utf-8")
         return resolve_spec(None, path)
+
+
+def place_of(prefix: str, spec: RunSpec, storage: str) -> str:
+    """Return where batches are kept: as given, else ECHODISTILL_STORAGE, else as the spec says."""
+    return storage_for(prefix, spec, storage or os.environ.get("ECHODISTILL_STORAGE") or None)
 
 
 def run_document(storage: str, run: str) -> str:

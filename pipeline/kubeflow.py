@@ -32,10 +32,12 @@ from model.errors import InputError
 
 NAME = "echodistill"
 # What infra/ names: the environment of everything that is ours.
-CONFIG_MAP, CONFIG = (
-    "echodistill",
-    ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "ECHODISTILL_CACHE", "HOME"),
+CONFIG_MAP = "echodistill"
+CONFIG = (
+    *("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "ECHODISTILL_STORAGE"),
+    *("ECHODISTILL_CACHE", "HF_HOME", "HOME", "MLFLOW_DISABLE_TELEMETRY"),
 )
+CACHE, CACHE_SIZE = "/var/cache/echodistill", "60Gi"
 SECRETS: Mapping[str, tuple[str, ...]] = {
     # Both may be missing: a cloud's role on the service account, an MLflow without passwords.
     "echodistill-s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
@@ -202,6 +204,7 @@ def _as_pod(task: Any, size: Size, uses_gpu: bool, image: str) -> None:
         )
     kubernetes.set_timeout(task, round(size.hours * 3600))
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.empty_dir_mount(task, "cache", CACHE, size_limit=CACHE_SIZE)
     for secret, keys in SECRETS.items():
         kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
     kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in CONFIG}, optional=True)

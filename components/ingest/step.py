@@ -9,7 +9,7 @@ from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, check_prefix
 from components.register.connection import hide_password
 from components.spec import RunSpec
-from components.steps import Say, registry_of, run_document
+from components.steps import Say, place_of, registry_of, run_document
 from components.train.batch import (
     Batch,
     at_storage,
@@ -18,7 +18,6 @@ from components.train.batch import (
     is_saved,
     plan_batch,
     save_batch,
-    storage_for,
     upload_photos,
 )
 from model.errors import InputError
@@ -46,7 +45,7 @@ def ingest_prefix(
         InputError: when no concept is valid, or a setting is wrong.
         ServiceError: when the storage is out of reach.
     """
-    place = storage_for(prefix, spec, storage or None)
+    place = place_of(prefix, spec, storage)
     say(f"checks the concepts of {prefix}")
     checked = check_prefix(prefix)
     for one in checked:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from components.ingest import documents
 from components.spec import RunSpec
-from components.steps import Say, run_document
-from components.train.batch import storage_for
+from components.steps import Say, place_of, run_document
 from components.train.state import BatchStatus, BatchView
 from model.errors import EchoDistillError
 
@@ -36,7 +35,7 @@ def report_run(
     Returns:
         the report, in Markdown.
     """
-    place = run_document(storage_for(prefix, spec, storage or None), run)
+    place = run_document(place_of(prefix, spec, storage), run)
     found = documents.read(place)
     status = None if found is None else BatchView(found.value["batch"]).read()
     if status is not None and namespace is not None and state != "SUCCEEDED":

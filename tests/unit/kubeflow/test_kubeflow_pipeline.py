@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from components.train.component import train
 from model.errors import InputError, ServiceError
 from pipeline.cli.main import run as run_command
 from pipeline.cli.output import Output
-from pipeline.kubeflow import CONFIG, SECRETS, Settings, compile_to, read_rayjob
+from pipeline.kubeflow import CACHE, CONFIG, SECRETS, Settings, compile_to, read_rayjob
 from tests.conftest import REPOSITORY
 
 COMPONENTS = {each.name: each for each in (ingest, train, register, evaluate, promote, report)}
@@ -111,6 +112,8 @@ def test_every_pod_has_bounds_secrets_and_the_rayjobs_image(
         assert set(named) == set(SECRETS) and all(each["optional"] for each in named.values())
         assert int(pod["activeDeadlineSeconds"]) > 0
         assert pod["securityContext"]["runAsNonRoot"] is True
+        (cache,) = pod["emptyDirMounts"]
+        assert cache["mountPath"] == CACHE
         (config,) = pod["configMapAsEnv"]
         assert {each["envVar"] for each in config["keyToEnv"]} == set(CONFIG)
 
@@ -121,6 +124,7 @@ def test_secrets_and_settings_are_those_of_the_manifests() -> None:
     config = yaml.safe_load((RAYJOB.parent / "config.yaml").read_text(encoding="utf-8"))
     assert config["metadata"]["name"] == "echodistill"
     assert "echodistill-s3" in text and set(SECRETS) >= {"echodistill-s3"}
+    assert config["data"]["ECHODISTILL_CACHE"] == CACHE
     # An overlay adds the first, for an empty value would be taken for one.
     assert set(CONFIG) - {"AWS_ENDPOINT_URL"} <= set(config["data"])
 
@@ -164,6 +168,10 @@ def test_a_step_ends_with_one_sentence(
     assert ended.value.code == code
     words = json.loads((tmp_path / "words").read_text())
     assert words == {"step": "ingest", "error": str(error), "exit_code": code}
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, step("train"):
+        signal.raise_signal(signal.SIGTERM)  # what holds a lease hears of it
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
     looks, failed = capsys.readouterr().out.splitlines()
     assert looks.endswith("Z ingest: looks") and failed.endswith(f"Z ingest: error: {error}")
 
