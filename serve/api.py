@@ -130,10 +130,11 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Answer of `GET /v1/models`."""
+    """Answer of `GET /v1/models`: a page; with `has_more`, the next begins `after` its last id."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: bool = False
 
 
 class VersionCard(BaseModel):

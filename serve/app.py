@@ -6,6 +6,8 @@ concepts; Ray's multiplexing is not used, for it splits batches by model.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import SecretStr
 from ray import serve as ray_serve
 
@@ -47,7 +49,8 @@ def build_app(settings: ServeSettings, keys: ApiKeys | None = None) -> ray_serve
     painter = ray_serve.deployment(
         PainterReplica,
         name=PAINTER_NAME,
-        num_replicas=settings.replicas,
+        **_replicas(settings),
+        graceful_shutdown_timeout_s=settings.drain_seconds,
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": gpus},
         # The gateway bounds what waits; a few more calls leave room for health and lists.
         max_ongoing_requests=settings.max_queue + 16,
@@ -65,3 +68,16 @@ def build_app(settings: ServeSettings, keys: ApiKeys | None = None) -> ray_serve
         max_queued_requests=GATEWAY_REQUESTS,
     )
     return gateway.bind(painter.bind(travelling))
+
+
+def _replicas(settings: ServeSettings) -> dict[str, Any]:
+    """How many painters: a fixed number, or as many as the requests under way ask for."""
+    if settings.max_replicas is None or settings.max_replicas == settings.replicas:
+        return {"num_replicas": settings.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.scale_at,
+        }
+    }

@@ -1,7 +1,8 @@
 """API keys: who may draw. Only sha256 digests are kept, in files and in memory.
 
 A key is 32 random bytes, so a plain digest of it cannot be guessed back and needs no salt. The key
-file has one `name sha256:<hex>` a line; `python -m serve.auth NAME` makes a key and its line.
+file has one `name sha256:<hex>` a line; `python -m serve.auth NAME` makes a key and its line. After
+the digest may follow what the key is limited to: `concepts=a,team-*` `pictures_per_minute=60`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from model.errors import InputError
 from serve.api import ApiError
+from serve.limits import Limits, parse_limits
 from serve.settings import ServeSettings
 
 PREFIX = "sk-echodistill-"
@@ -29,6 +31,7 @@ class ApiKeys:
     """Digests of the accepted keys by owner; with none of them everybody is let in."""
 
     owners: Mapping[str, str] = field(default_factory=dict, repr=False)  # digest -> name
+    limits: Mapping[str, Limits] = field(default_factory=dict)  # by name, where there are any
 
     @property
     def required(self) -> bool:
@@ -80,6 +83,7 @@ def read_keys(settings: ServeSettings) -> ApiKeys:
     a line may hold a secret), and when others can reach the endpoint but no key is set.
     """
     owners: dict[str, str] = {}
+    limits: dict[str, Limits] = {}
     if settings.api_keys_file is not None:
         try:
             lines = settings.api_keys_file.read_text("utf-8").splitlines()
@@ -92,8 +96,11 @@ def read_keys(settings: ServeSettings) -> ApiKeys:
             text = line.strip()
             if text and not text.startswith("#"):
                 where = f"line {number} of the API key file {settings.api_keys_file}"
-                name, _, value = text.partition(" ")
-                _add(owners, name, value.strip(), where=where, plain=False)
+                name, value, *more = [*text.split(), ""]
+                _add(owners, name, value, where=where, plain=False)
+                found = parse_limits([word for word in more if word], where)
+                if limits.setdefault(name, found) != found:
+                    raise InputError(f"{where} has other limits than '{name}' has already.")
     entries = filter(None, map(str.strip, settings.api_keys.get_secret_value().split(",")))
     for number, entry in enumerate(entries, start=1):
         name, _, value = entry.partition("=")
@@ -104,7 +111,7 @@ def read_keys(settings: ServeSettings) -> ApiKeys:
             f"an endpoint on {settings.host} can be reached by others and needs API keys: "
             "set ECHODISTILL_SERVE_API_KEYS or an API key file, or listen on 127.0.0.1."
         )
-    return ApiKeys(owners)
+    return ApiKeys(owners, limits)
 
 
 def _add(owners: dict[str, str], name: str, value: str, *, where: str, plain: bool) -> None:

@@ -124,10 +124,20 @@ class Engine:
                 found.append((part, next(s for s in self.batch_sizes if s >= len(part))))
         return found
 
+    def keeps(self, request: PictureRequest) -> bool:
+        """Whether the request's keys and values are at hand. Never waits for a drawing."""
+        return (request.drawer, request.prompt) in self._keys_values
+
+    def device_memory(self) -> int | None:
+        """Bytes of the GPU that tensors take; None without one."""
+        device = self.pair.device
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
     def prepare(self, adapter: Adapter) -> None:
         """Puts an adapter on the device, so that its first picture need not wait for that."""
-        with self._lock:
-            self._placed(adapter)
+        if self.pair.device.type != "cpu":
+            with self._lock:
+                self._placed(adapter)
 
     def prove(self, max_age: float = 0.0) -> float:
         """Shows that the engine draws; returns the seconds since it last did.

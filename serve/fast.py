@@ -10,12 +10,15 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderTiny
 
-from model.base_pair import BasePair
+from model.base_pair import BasePair, freeze, load_part
+from model.errors import InputError
 
 log = logging.getLogger("echodistill.serve")
 Speed = Literal["eager", "graphs", "compile"]
@@ -44,6 +47,22 @@ def quicken(pair: BasePair, speed: Speed, *, channels_last: bool = False) -> Bas
     student: Any = _Student(_fast(_denoiser(pair.student), speed), pair.student.config)
     vae: Any = _Decoder(_fast(_decoder(pair.vae), speed), pair.vae.config)
     return replace(pair, student=student, vae=vae)
+
+
+def with_tiny_decoder(pair: BasePair, folder: Path) -> BasePair:
+    """The pair with an AutoencoderTiny in place of its VAE: faster, and not the same pictures.
+
+    Raises InputError when the directory does not hold one of the pair's latents.
+    """
+    decoder = load_part(AutoencoderTiny, folder)
+    found, wanted = decoder.config.latent_channels, pair.latent_shape[0]
+    if found != wanted:
+        raise InputError(
+            f"the tiny decoder in {folder} reads latents of {found} channels, but the base's have "
+            f"{wanted}: give one that was made for this base."
+        )
+    tiny: Any = torch.nn.Module.to(freeze(decoder), pair.device, pair.dtype)
+    return replace(pair, vae=tiny)
 
 
 def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -32,17 +32,22 @@ from serve.api import (
     ImageResponse,
     ModelList,
     busy,
+    parse_model,
+    unknown_model,
     validation_error,
 )
 from serve.auth import ApiKeys
 from serve.guard import App, Guard, error_response, our_fault
+from serve.limits import Allowance, Limits
 from serve.metrics import CONTENT_TYPE_LATEST, Metrics
 from serve.orders import Order, Painted, PainterClient
 from serve.page import add_page
 from serve.settings import ServeSettings
+from serve.traces import open_tracer, trace_answer
 
 IMAGES_PATH = "/v1/images/generations"
 LONGEST_RETRY = 60
+PAGE = 1000  # models in one answer
 
 
 class Queue:
@@ -90,7 +95,8 @@ def make_http(painter: PainterClient, settings: ServeSettings, keys: ApiKeys) ->
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     _add_error_shapes(app)
-    _add_images(app, painter, settings, metrics)
+    _add_images(app, painter, settings, metrics, keys)
+    _add_lists(app, painter, keys)
     _add_facts(app, painter, metrics)
     add_page(app)
     return Guard(
@@ -131,16 +137,29 @@ def _add_error_shapes(app: FastAPI) -> None:
 
 
 def _add_images(
-    app: FastAPI, painter: PainterClient, settings: ServeSettings, metrics: Metrics
+    app: FastAPI,
+    painter: PainterClient,
+    settings: ServeSettings,
+    metrics: Metrics,
+    keys: ApiKeys,
 ) -> None:
     queue = Queue(settings.max_queue, metrics)
+    allowance = Allowance()
+    tracer = open_tracer(settings.traces)
 
     @app.post(IMAGES_PATH, response_model=ImageResponse)
     async def create_images(body: ImageRequest, request: Request) -> Response:
         """Draws pictures of a concept, or with the bare base."""
-        start = time.perf_counter()
+        start, start_ns = time.perf_counter(), time.time_ns()
         order = _order(body, settings)
         facts = request.state.facts
+        limits = _limits(request, keys)
+        wanted = parse_model(order.model, settings.base)
+        if wanted.concept is not None and not limits.allow(wanted.concept):
+            # As if it were not there: who may not use a concept need not learn of it.
+            name = f"{wanted.concept}@{wanted.pointer}"
+            raise unknown_model(name, "no such version is registered")
+        allowance.take(facts.get("key") or "", limits, order.n)
         facts.update(
             n=order.n, steps=order.steps, seed=order.seed, output_format=order.output_format
         )
@@ -162,37 +181,56 @@ def _add_images(
             adapter_sha256=answer.adapter_sha256,
             batches=painted.batches,
         )
+        if tracer is not None:
+            trace_answer(tracer, request.headers, answer, painted, start_ns)
         # Validated when it was made: not validated once more, as these bodies are megabytes.
         return Response(
             answer.model_dump_json(), media_type="application/json", headers=_headers(answer)
         )
 
 
-def _add_facts(app: FastAPI, painter: PainterClient, metrics: Metrics) -> None:
+def _add_lists(app: FastAPI, painter: PainterClient, keys: ApiKeys) -> None:
     @app.get("/v1/models")
-    async def list_models() -> ModelList:
-        """The base, and every concept that has a champion."""
+    async def list_models(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
+        after: Annotated[str | None, Query(max_length=160)] = None,
+    ) -> ModelList:
+        """The base, and every concept that has a champion, by id; in pages."""
         cards = await painter.models()
         if isinstance(cards, ApiError):
             raise cards
-        return ModelList(data=cards)
+        limits = _limits(request, keys)
+        base, *concepts = cards
+        open_to_key = [card for card in concepts if limits.allow(card.id)]
+        if after is None:
+            open_to_key.insert(0, base)
+        elif after != base.id:
+            open_to_key = [card for card in open_to_key if card.id > after]
+        return ModelList(data=open_to_key[:limit], has_more=len(open_to_key) > limit)
 
     @app.get("/v1/concepts/{concept_id}")
-    async def show_concept(concept_id: str) -> ConceptCard:
+    async def show_concept(concept_id: str, request: Request) -> ConceptCard:
         """A concept's words and versions."""
+        if not _limits(request, keys).allow(concept_id):
+            raise unknown_model(concept_id, "no such concept is registered")
         card = await painter.concept(concept_id)
         if isinstance(card, ApiError):
             raise card
         return card
 
     @app.get("/v1/concepts/{concept_id}/preview", response_class=Response)
-    async def show_preview(concept_id: str) -> Response:
+    async def show_preview(concept_id: str, request: Request) -> Response:
         """The PNG that came with the concept's champion."""
+        if not _limits(request, keys).allow(concept_id):
+            raise unknown_model(concept_id, "no such concept has a champion")
         picture = await painter.preview(concept_id)
         if isinstance(picture, ApiError):
             raise picture
         return Response(picture, media_type="image/png", headers={"cache-control": "no-cache"})
 
+
+def _add_facts(app: FastAPI, painter: PainterClient, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def health() -> dict[str, Any]:
         """200 while pictures can be drawn, shown by one that was."""
@@ -208,6 +246,11 @@ def _add_facts(app: FastAPI, painter: PainterClient, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         """Counters and latencies for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _limits(request: Request, keys: ApiKeys) -> Limits:
+    """What the request's key may do."""
+    return keys.limits.get(request.state.facts.get("key") or "", Limits())
 
 
 def _order(body: ImageRequest, settings: ServeSettings) -> Order:

@@ -50,6 +50,23 @@ class Metrics:
             buckets=_BATCHES,
             registry=self._registry,
         )
+        self.mixes = Histogram(
+            "echodistill_batch_adapters",
+            "Different adapters in the batch of each answered picture",
+            buckets=_BATCHES,
+            registry=self._registry,
+        )
+        self.keys_values = Counter(
+            "echodistill_keys_values",
+            "Answered pictures by whether their keys and values were kept from before",
+            ["found"],
+            registry=self._registry,
+        )
+        self.device_bytes = Gauge(
+            "echodistill_device_bytes",
+            "GPU memory that tensors took in the replica that answered last",
+            registry=self._registry,
+        )
         self.adapters = Counter(
             "echodistill_adapters",
             "Answered orders by where their adapter was found (none: the base drew)",
@@ -70,6 +87,12 @@ class Metrics:
             self.stages.labels(stage).observe(seconds)
         for batch in painted.batches:
             self.batches.observe(batch)
+        for mix in painted.mixes:
+            self.mixes.observe(mix)
+        self.keys_values.labels("yes").inc(painted.kept)
+        self.keys_values.labels("no").inc(len(painted.files) - painted.kept)
+        if painted.device_bytes is not None:
+            self.device_bytes.set(painted.device_bytes)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serve.api import ApiError, ConceptCard, ModelCard, OutputFormat
@@ -34,7 +34,10 @@ class Painted:
         pinned: the concept's version that drew; None for the bare base.
         level: where the adapter was found: memory, disk, registry, or none for the base.
         seconds: time by stage: resolve, queue, draw, encode.
-        batches: for each picture, how many were drawn in its forward.
+        batches: for each picture, how many were drawn with it.
+        mixes: for each picture, by how many different adapters those were drawn.
+        kept: how many of the pictures found their keys and values at hand.
+        device_bytes: of the GPU that the replica's tensors take; None without one.
     """
 
     files: list[bytes]
@@ -45,6 +48,9 @@ class Painted:
     level: str
     seconds: dict[str, float]
     batches: list[int]
+    mixes: list[int] = field(default_factory=list)
+    kept: int = 0
+    device_bytes: int | None = None
 
 
 class PainterClient(Protocol):

@@ -26,17 +26,20 @@ from serve.api import (
     ConceptCard,
     ModelCard,
     ModelRef,
+    OutputFormat,
     VersionCard,
     busy,
     parse_model,
     server_error,
     unknown_model,
 )
+from serve.cutover import CutOver
 from serve.engine import Engine, PictureRequest
 from serve.orders import Order, Painted
 from serve.pictures import encode_picture
 from serve.pointers import Pointers
 from serve.registry import BadVersionError, Pinned
+from serve.safety import Checker, held_back
 from serve.store import AdapterStore
 
 log = logging.getLogger("echodistill.serve")
@@ -51,7 +54,10 @@ class Drawn:
     picture: np.ndarray
     queue_seconds: float
     draw_seconds: float
-    batch: int  # pictures in its forward
+    batch: int  # pictures that were drawn with it
+    mix: int = 1  # adapters among them
+    kept: bool = False  # whether its keys and values were at hand
+    device_bytes: int | None = None
 
 
 Draw = Callable[[PictureRequest], Awaitable[Drawn]]
@@ -65,9 +71,22 @@ class Painter:
         store: where adapters are.
         pointers: what aliases mean.
         draw: hands one picture request to the engine, perhaps with others in one batch.
+        cutover_seconds: how long a moved alias may draw with the version before.
+        encoders: threads that write picture files.
+        checker: looks at every picture (`serve.safety`).
     """
 
-    def __init__(self, engine: Engine, store: AdapterStore, pointers: Pointers, draw: Draw) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: AdapterStore,
+        pointers: Pointers,
+        draw: Draw,
+        *,
+        cutover_seconds: float = 10.0,
+        encoders: int = 4,
+        checker: Checker | None = None,
+    ) -> None:
         self._engine = engine
         self._store = store
         self._pointers = pointers
@@ -76,7 +95,31 @@ class Painter:
         self._size = f"{engine.pair.resolution}x{engine.pair.resolution}"
         # Loading and encoding have threads of their own: a slow registry never delays a drawing.
         self._loaders = ThreadPoolExecutor(max_workers=8, thread_name_prefix="load")
-        self._encoders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(max_workers=encoders, thread_name_prefix="encode")
+        self._cutover = CutOver(cutover_seconds)
+        self._loading: dict[Pinned, asyncio.Future[Any]] = {}
+        self._checker = checker
+
+    def prewarm(self, concepts: str) -> None:
+        """Loads the champions of concepts (by comma; `*` means all) until memory is full. Blocks.
+
+        What cannot be loaded is told in the log, and by the answer to who asks for it.
+        """
+        with contextlib.suppress(ServiceError):
+            names = concepts.split(",")
+            if concepts == "*":
+                names = [item.concept for item in self._pointers.concepts()]
+            for name in filter(None, names):
+                try:
+                    pinned = self._pointers.resolve(name, CHAMPION)
+                    if pinned is None:
+                        log.warning("'%s' has no champion to load beforehand", name)
+                    elif not self._store.room():
+                        return
+                    else:
+                        self._engine.prepare(self._store.adapter(pinned)[0])
+                except EchoDistillError as error:
+                    log.warning("'%s' cannot be loaded beforehand: %s", name, error)
 
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
@@ -153,7 +196,7 @@ class Painter:
         files = await asyncio.gather(
             *(
                 loop.run_in_executor(
-                    self._encoders, encode_picture, item.picture, order.output_format
+                    self._encoders, self._file, item.picture, prompt, order.output_format
                 )
                 for item in drawn
             )
@@ -164,8 +207,25 @@ class Painter:
             "draw": max(item.draw_seconds for item in drawn),
             "encode": clock() - done,
         }
-        batches = [item.batch for item in drawn]
-        return Painted(list(files), prompt, self._size, self._base, pinned, level, seconds, batches)
+        return Painted(
+            files=list(files),
+            prompt=prompt,
+            size=self._size,
+            base=self._base,
+            pinned=pinned,
+            level=level,
+            seconds=seconds,
+            batches=[item.batch for item in drawn],
+            mixes=[item.mix for item in drawn],
+            kept=sum(item.kept for item in drawn),
+            device_bytes=drawn[0].device_bytes,
+        )
+
+    def _file(self, picture: np.ndarray, prompt: str, output_format: OutputFormat) -> bytes:
+        reason = None if self._checker is None else self._checker(picture, prompt)
+        if reason is not None:
+            raise held_back(reason)
+        return encode_picture(picture, output_format)
 
     async def _card(self, concept: str) -> ConceptCard:
         facts = await self._in_loader(self._pointers.versions, self._known_id(concept))
@@ -218,10 +278,36 @@ class Painter:
         if pinned is None:
             raise unknown_model(f"{concept}@{pointer}", "no such version is registered")
         adapter = self._store.warm(pinned)
-        if adapter is not None:
-            return pinned, adapter, "memory"
-        adapter, level = await self._in_loader(self._store.adapter, pinned)
+        level = "memory"
+        if adapter is None:
+            before = self._cutover.before(concept, pointer, pinned)
+            old = None if before is None else self._store.warm(before)
+            if old is not None:
+                self._load_meanwhile(pinned)
+                return before, old, level
+            adapter, level = await self._in_loader(self._load, pinned)
+        self._cutover.serves(concept, pointer, pinned)
         return pinned, adapter, level
+
+    def _load_meanwhile(self, pinned: Pinned) -> None:
+        """Begins to load a version that nobody waits for, once."""
+        if pinned in self._loading:
+            return
+        loop = asyncio.get_running_loop()
+        loading = loop.run_in_executor(self._loaders, self._load, pinned)
+        self._loading[pinned] = loading
+
+        def done(_: asyncio.Future[Any]) -> None:
+            del self._loading[pinned]
+            if loading.exception() is not None:
+                log.warning("the new version of '%s': %s", pinned.concept, loading.exception())
+
+        loading.add_done_callback(done)
+
+    def _load(self, pinned: Pinned) -> tuple[Adapter, str]:
+        adapter, level = self._store.adapter(pinned)
+        self._engine.prepare(adapter)
+        return adapter, level
 
     def _prompt(self, prompt: str, adapter: Adapter | None) -> str:
         if not prompt.strip():

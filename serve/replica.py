@@ -9,23 +9,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ray import serve as ray_serve
 
 from model.base_pair import BasePair, load_base_pair
 from model.errors import ServiceError
 from serve.api import ApiError, ConceptCard, ModelCard
-from serve.engine import Engine, PictureRequest
+from serve.engine import DrawError, Engine, PictureRequest
+from serve.fast import quicken, with_tiny_decoder
 from serve.orders import Order, Painted
 from serve.painter import Drawn, Painter
 from serve.pointers import Pointers
 from serve.registry import Registry
+from serve.safety import load_checker
 from serve.settings import ServeSettings
 from serve.store import AdapterStore
 
 
 def load_base(settings: ServeSettings) -> BasePair:
     """The base that the settings name, on their device. Raises InputError when it is not whole."""
+    pair = _loaded(settings)
+    if settings.tiny_decoder is not None:
+        pair = with_tiny_decoder(pair, settings.tiny_decoder)
+    return quicken(pair, settings.speed, channels_last=settings.channels_last)
+
+
+def _loaded(settings: ServeSettings) -> BasePair:
     student = settings.student or _pocket_student()
     device = settings.device
     if device == "auto":
@@ -47,7 +57,11 @@ class PainterReplica:
     def __init__(self, settings: ServeSettings) -> None:
         pair = load_base(settings)
         self._health_seconds = settings.health_seconds
-        self._engine = Engine(pair, keys_values_bytes=settings.keys_values_bytes)
+        self._engine = Engine(
+            pair,
+            keys_values_bytes=settings.keys_values_bytes,
+            device_bytes=settings.device_bytes,
+        )
         self._engine.prove()
         registry = Registry(settings.tracking_uri)
         store = AdapterStore(
@@ -64,7 +78,16 @@ class PainterReplica:
         )
         with contextlib.suppress(ServiceError):  # it may come later; the base draws without it
             pointers.concepts()
-        self._painter = Painter(self._engine, store, pointers, self._queue)
+        self._painter = Painter(
+            self._engine,
+            store,
+            pointers,
+            self._queue,
+            cutover_seconds=settings.cutover_seconds,
+            encoders=settings.encoders,
+            checker=load_checker(settings.safety_checker),
+        )
+        self._painter.prewarm(settings.prewarm)
         self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
         self._batched.set_max_batch_size(settings.max_batch)
         self._batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
@@ -94,16 +117,33 @@ class PainterReplica:
         await self._painter.health(self._health_seconds)
 
     async def _queue(self, request: PictureRequest) -> Drawn:
-        return await self._batched((request, time.perf_counter()))
+        drawn = await self._batched((request, time.perf_counter()))
+        if isinstance(drawn, DrawError):
+            raise drawn
+        return drawn
 
     @ray_serve.batch
-    async def _batched(self, queued: list[tuple[PictureRequest, float]]) -> list[Drawn]:
+    async def _batched(self, queued: list[tuple[PictureRequest, float]]) -> list[Drawn | DrawError]:
         start = time.perf_counter()
         requests = [request for request, _ in queued]
+        kept = [self._engine.keeps(request) for request in requests]
         loop = asyncio.get_running_loop()
-        pictures = await loop.run_in_executor(self._drawing, self._engine.draw, requests)
+        pictures = await loop.run_in_executor(self._drawing, self._draw, requests)
         spent = time.perf_counter() - start
+        mix = len({request.drawer for request in requests})
+        memory = self._engine.device_memory()
         return [
-            Drawn(picture, start - since, spent, len(requests))
-            for picture, (_, since) in zip(pictures, queued, strict=True)
+            picture
+            if isinstance(picture, DrawError)
+            else Drawn(picture, start - since, spent, len(requests), mix, known, memory)
+            for picture, (_, since), known in zip(pictures, queued, kept, strict=True)
         ]
+
+    def _draw(self, requests: list[PictureRequest]) -> list[np.ndarray | DrawError]:
+        """Pictures of a batch; where it cannot be drawn, who spoils it does so for itself alone."""
+        try:
+            return list(self._engine.draw(requests))
+        except DrawError as error:
+            if len(requests) == 1:
+                return [error]
+        return [self._draw([request])[0] for request in requests]

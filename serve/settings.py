@@ -48,6 +48,18 @@ class ServeSettings(BaseSettings):
     student: Path | None = None
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    speed: Literal["eager", "graphs", "compile"] = Field(
+        default="eager", description="how networks run on a GPU; see serve/fast.py"
+    )
+    channels_last: bool = Field(default=False, description="lay convolutions out as NHWC")
+    tiny_decoder: Path | None = Field(
+        default=None, description="directory of an AutoencoderTiny that decodes faster, less well"
+    )
+    safety_checker: str = Field(
+        default="",
+        pattern=r"^([A-Za-z_][\w.]*:[A-Za-z_]\w*)?$",
+        description="`module:function` that looks at every picture; see serve/safety.py",
+    )
 
     # Where adapters come from
     tracking_uri: str = Field(default_factory=_tracking_uri)
@@ -57,6 +69,17 @@ class ServeSettings(BaseSettings):
         default=5.0, gt=0, description="longest wait for a registry when an older answer is known"
     )
     adapter_bytes: int = Field(default=2 * 2**30, ge=0, description="adapters in memory")
+    device_bytes: int = Field(default=4 * 2**30, ge=0, description="adapters on a GPU")
+    prewarm: str = Field(
+        default="",
+        pattern=r"^(\*|[a-z0-9_,-]*)$",
+        description="concepts to load before the first request, by comma; `*`: every champion",
+    )
+    cutover_seconds: float = Field(
+        default=10.0,
+        ge=0,
+        description="how long a moved alias may draw with the version before, while the new loads",
+    )
     keys_values_bytes: int = Field(default=2**30, ge=0, description="cached keys and values")
 
     # Where it listens, and to whom
@@ -72,6 +95,10 @@ class ServeSettings(BaseSettings):
         default=None, description="JSON lines; unset: standard error of the gateway"
     )
 
+    traces: Literal["", "otlp", "console"] = Field(
+        default="", description="OpenTelemetry spans of answers; OTEL_EXPORTER_OTLP_ENDPOINT: where"
+    )
+
     # Limits
     max_n: int = Field(default=10, ge=1, le=64, description="pictures a request may ask for")
     max_prompt: int = Field(default=1000, ge=1, le=10_000, description="characters of a prompt")
@@ -84,7 +111,17 @@ class ServeSettings(BaseSettings):
     batch_wait_seconds: float = Field(
         default=0.0, ge=0, description="a batch also fills while the one before is drawn"
     )
+    encoders: int = Field(default=4, ge=1, le=64, description="threads that write picture files")
     replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="with more than `replicas`, Ray Serve scales between them"
+    )
+    scale_at: float = Field(
+        default=16.0, gt=0, description="requests under way in a replica that call for another one"
+    )
+    drain_seconds: float = Field(
+        default=20.0, ge=0, description="a replica that stops has so long to answer what it took"
+    )
     replica_cpus: float = Field(default=1.0, ge=0)
     replica_gpus: float | None = Field(default=None, ge=0, description="default: 1 with CUDA")
     health_seconds: float = Field(default=10.0, gt=0, description="between health checks")
@@ -99,7 +136,7 @@ class ServeSettings(BaseSettings):
             return prefix + str(Path(value.removeprefix(prefix)).resolve())
         return value
 
-    @field_validator("cache", "student", "api_keys_file", "access_log")
+    @field_validator("cache", "student", "tiny_decoder", "api_keys_file", "access_log")
     @classmethod
     def _absolute_path(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
@@ -115,6 +152,8 @@ class ServeSettings(BaseSettings):
             raise ValueError(f"'{POCKET}' names the shipped pair: give yours another name (`base`)")
         if self.max_n > self.max_queue:
             raise ValueError("`max_n` must not be over `max_queue`")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("`max_replicas` must not be under `replicas`")
         return self
 
     @property

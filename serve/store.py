@@ -65,6 +65,12 @@ class AdapterStore:
         self._memory: ByteLru[tuple[str, str], Adapter] = ByteLru(memory_bytes)
         self._loading: SingleFlight[tuple[str, str], tuple[Adapter, str]] = SingleFlight()
 
+    def room(self) -> bool:
+        """Whether memory has room for another adapter like those that it has."""
+        with self._lock:
+            each = self._memory.used // max(1, len(self._memory))
+            return self._memory.used + each <= self._memory.budget
+
     def warm(self, pinned: Pinned) -> Adapter | None:
         """The adapter if it is in memory."""
         with self._lock:

@@ -49,7 +49,7 @@ async function start() {
     const health = await (await ask("healthz")).json();
     byId("health").textContent =
       `base ${health.base}` + (health.registry === "ok" ? "" : "; the registry is away");
-    const models = (await (await ask("v1/models")).json()).data;
+    const models = await allModels();
     byId("key").hidden = true;
     show(models);
   } catch (error) {
@@ -62,6 +62,16 @@ async function start() {
       say(error.message, true);
       setTimeout(start, 1000 * (error.wait || 3));
     }
+  }
+}
+
+async function allModels() {
+  const found = [];
+  for (;;) {
+    const last = found.length ? `?after=${encodeURIComponent(found[found.length - 1].id)}` : "";
+    const page = await (await ask(`v1/models${last}`)).json();
+    found.push(...page.data);
+    if (!page.has_more || !page.data.length) return found;
   }
 }
 
