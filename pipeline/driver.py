@@ -21,6 +21,7 @@ from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, concept_digest
 from components.register.connection import Patience, hide_password
 from components.register.registry import find_versions
+from components.register.took import already_note
 from components.spec import spec_digest
 from components.train.base_hash import base_hash
 from components.train.batch import Batch, load_concepts
@@ -31,7 +32,7 @@ from pipeline.metrics import BatchMetrics
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
-from pipeline.run import REGISTRY_SECONDS, ConceptResult, already_note, from_version
+from pipeline.run import REGISTRY_SECONDS, ConceptResult, from_version
 from pipeline.states import States
 from pipeline.tracking import tracking_uri
 

@@ -22,6 +22,7 @@ from components.ingest.cache import cache_root
 from components.ingest.concept_folder import Concept
 from components.register.connection import RegistryAwayError
 from components.register.registry import RegisteredVersion
+from components.register.took import already_note
 from components.spec import RunSpec
 from components.train.checkpoint import MANIFEST
 from components.train.finished import adapters_folder, finished
@@ -37,7 +38,6 @@ from pipeline.run import (
     Assessed,
     ConceptResult,
     PackRunner,
-    already_note,
     failed,
     from_version,
     handed_over,

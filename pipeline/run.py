@@ -24,7 +24,13 @@ from components.register.registry import (
     register_adapter,
     set_tags,
 )
-from components.register.took import COST_TAG, GPU_SECONDS_TAG, SECONDS_TAG, training_tags
+from components.register.took import (
+    COST_TAG,
+    GPU_SECONDS_TAG,
+    SECONDS_TAG,
+    already_note,
+    training_tags,
+)
 from components.spec import RunSpec, spec_digest
 from components.train.base_hash import base_hash
 from components.train.batch import packs, sort_checked
@@ -206,11 +212,6 @@ def _train(
         except EchoDistillError as error:
             results[concept.id] = failed(concept, made, str(error))
     return results
-
-
-def already_note(version: RegisteredVersion) -> str:
-    """Say why a concept is not trained."""
-    return f"version {version.version} was trained with the same images, settings and base"
 
 
 def from_version(

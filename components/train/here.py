@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from components.ingest.concept_folder import Concept, concept_digest
 from components.register.registry import find_version_by_digest
+from components.register.took import already_note
 from components.spec import spec_digest
 from components.steps import Say, registry_of
 from components.train.base_hash import base_hash
@@ -76,7 +77,7 @@ def _without_registered(
         digest = concept_digest(concept, own, hashed)
         version = find_version_by_digest(concept.id, digest, tracking_uri=registry)
         if version is not None:
-            note = f"version {version.version} was trained with the same images, settings and base"
+            note = already_note(version)
             say(f"{concept.id}: not again: {note}")
             state = ConceptState(
                 concept.id,

@@ -8,12 +8,13 @@ what the RayJob itself says is told of those that it left undone.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
+from components.steps import Say
 from components.train.batch import Batch
 from components.train.claims import end_lease
 from components.train.rayjob_api import RayJobs
@@ -25,8 +26,6 @@ RUN_LABEL = "echodistill-run"  # the pipeline run that made a RayJob
 BATCH_LABEL = "echodistill-batch"
 LOOK_SECONDS = 15.0  # between two looks at the batch's documents
 _OVER = {"Complete", "Failed", "ValidationFailed"}  # of status.jobDeploymentStatus
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
