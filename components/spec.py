@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from model.errors import InputError
@@ -52,7 +52,10 @@ class TrainSpec(_Section):
     `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
     pass. With one item a pass the number of workers changes no round-off either.
     `checkpointing` computes activations again in the backward pass instead of keeping them: about a
-    third more time, for GPUs with little memory.
+    third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
+    out as a GPU's matrix units want them; auto: on a GPU. `compile` has torch compile the frozen
+    networks' blocks, anew for every pack size. `cuda_graphs` records their work of an iteration and
+    replays it, so that a GPU waits for no launches; elsewhere it does nothing.
     """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)
@@ -75,7 +78,20 @@ class TrainSpec(_Section):
     keep_teacher: bool = True
     items_at_once: int | None = Field(default=None, ge=1)
     checkpointing: bool = False
+    channels_last: bool | Literal["auto"] = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     storage_path: str = "runs/train"
+
+    @model_validator(mode="after")
+    def _can_be_recorded(self) -> Self:
+        if self.cuda_graphs and self.zero_stage == 3:
+            raise ValueError(
+                "cuda_graphs needs tensors that keep their place: zero_stage 0, 1 or 2"
+            )
+        if self.cuda_graphs and self.checkpointing:
+            raise ValueError("cuda_graphs cannot record checkpointing: leave one of them off")
+        return self
 
 
 class AdapterSpec(_Section):
@@ -177,6 +193,9 @@ _NO_EFFECT_TRAIN = (
     "keep_teacher",
     "items_at_once",
     "checkpointing",
+    "channels_last",
+    "compile",
+    "cuda_graphs",
     "storage_path",
 )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import Transformer2DModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,13 +43,13 @@ class KVLayout:
 
 
 class ReadKeysValues:
-    """Attention processor that takes keys and values from `encoder_hidden_states`' pieces.
+    """Attention processor that takes keys and values from the transformer's pieces.
 
     Otherwise it is diffusers' scaled dot product attention.
     """
 
     def __init__(self, place: int) -> None:
-        """Remember the place of the layer's keys among the pieces; its values follow."""
+        """Remember the place of the layer's keys among them; its values follow."""
         self.place = place
 
     def __call__(
@@ -74,6 +75,22 @@ class ReadKeysValues:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+class _OwnPieces:
+    """Hook that gives a transformer its own of the UNet's pieces.
+
+    So no block inside knows its place in the UNet, and all of one shape can be compiled as one.
+    """
+
+    def __init__(self, pieces: slice) -> None:
+        self.pieces = pieces
+
+    def __call__(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kv = kwargs.get("encoder_hidden_states")
+        if isinstance(kv, tuple):  # a copy of the UNet may be given text states again
+            kwargs = kwargs | {"encoder_hidden_states": kv[self.pieces]}
+        return args, kwargs
+
+
 def expose_keys_values(unet: nn.Module) -> KVLayout:
     """Make a UNet read keys and values from outside; idempotent.
 
@@ -83,17 +100,22 @@ def expose_keys_values(unet: nn.Module) -> KVLayout:
     Raises:
         InputError: for a UNet whose cross-attention is not of the Stable Diffusion 1/2 kind.
     """
-    layers = _cross_attention(unet)
     names: list[str] = []
     slices: list[slice] = []
     start = 0
-    for path, attn in layers.items():
-        for part in ("to_k", "to_v"):
-            end = start + getattr(attn, part).weight.shape[0]
-            names.append(f"{path}.{part}.weight")
-            slices.append(slice(start, end))
-            start = end
-        attn.processor = ReadKeysValues(len(slices) - 2)
+    for transformer, layers in _cross_attention(unet):
+        first = len(slices)
+        for path, attn in layers.items():
+            for part in ("to_k", "to_v"):
+                end = start + getattr(attn, part).weight.shape[0]
+                names.append(f"{path}.{part}.weight")
+                slices.append(slice(start, end))
+                start = end
+        if not any(isinstance(attn.processor, ReadKeysValues) for attn in layers.values()):
+            own = _OwnPieces(slice(first, len(slices)))
+            transformer.register_forward_pre_hook(own, with_kwargs=True)
+        for place, attn in enumerate(layers.values()):
+            attn.processor = ReadKeysValues(2 * place)
     return KVLayout(tuple(names), tuple(slices), start)
 
 
@@ -141,11 +163,17 @@ def join(layout: KVLayout, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([parts[name] for name in layout.names])
 
 
-def _cross_attention(unet: nn.Module) -> dict[str, Any]:
-    """Find the cross-attention layers by module path, in the UNet's own order."""
+def _cross_attention(unet: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Find the transformers, each with its cross-attention layers by module path, in order."""
     layers = {
         name: module for name, module in unet.named_modules() if name.split(".")[-1] == "attn2"
     }
+    transformers = [
+        (module, {name: attn for name, attn in layers.items() if name.startswith(f"{path}.")})
+        for path, module in unet.named_modules()
+        if isinstance(module, Transformer2DModel)
+    ]
+    inside = [name for _, own in transformers for name in own]
     config: Any = unet.config
     extra = [
         key
@@ -153,12 +181,13 @@ def _cross_attention(unet: nn.Module) -> dict[str, Any]:
         if config.get(key) is not None
     ]
     odd = [key for key in ("only_cross_attention", "dual_cross_attention") if config.get(key)]
-    if not layers or extra or odd or not all(_plain(attn) for attn in layers.values()):
+    known = layers and inside == list(layers) and all(map(_plain, layers.values()))
+    if extra or odd or not known:
         raise InputError(
             f"{type(unet).__name__}: its cross-attention is not of the Stable Diffusion 1/2 kind "
             f"({', '.join(extra + odd) or 'no plain attn2 layers'}); use such a UNet."
         )
-    return layers
+    return transformers
 
 
 def _plain(attn: Any) -> bool:

@@ -112,26 +112,38 @@ def teacher_loss(
     Returns:
         `L_rec` [N], weighted, and the text states [R, L, d], detached: items 2 and 3 use them.
     """
+    text_states, kv = teacher(frozen.pair.text_encoder, batch.prompts, batch.concept)
+    return reconstruction_loss(frozen, kv, batch, settings), text_states.detach()
+
+
+def reconstruction_loss(
+    frozen: Frozen, kv: torch.Tensor, batch: Batch, settings: LossSettings
+) -> torch.Tensor:
+    """Item 1 from the teacher's keys and values [R, L, C_T] on: `L_rec` [N], weighted."""
     pair, schedule = frozen.pair, frozen.pair.teacher_schedule
     with torch.no_grad():
         z0 = pair.encode_images(batch.images) if batch.known is None else batch.known[0]
     z_t = schedule.add_noise(z0, batch.noise, batch.t)
-    text_states, kv = teacher(pair.text_encoder, batch.prompts, batch.concept)
     prediction = pair.denoise(pair.teacher, z_t, batch.t, kv)
     target = schedule.target(z0, batch.noise, batch.t)
     loss = losses.reconstruction(prediction, target, batch.masks)
-    mean = per_concept_mean(loss, batch.concept, batch.n)
-    return settings.rec_weight * mean, text_states.detach()
+    return settings.rec_weight * per_concept_mean(loss, batch.concept, batch.n)
 
 
 def student_draw(
     frozen: Frozen, student: StudentWeights, text_states: torch.Tensor, batch: Batch
 ) -> Drawn:
     """Item 2: the student draws in one step from pure noise, with gradient."""
+    encoder = frozen.pair.text_encoder
+    kv = student(encoder, batch.prompts, batch.concept, text_states.detach())
+    return drawn_with(frozen, kv, batch)
+
+
+def drawn_with(frozen: Frozen, kv: torch.Tensor, batch: Batch) -> Drawn:
+    """Item 2 from the student's keys and values [R, L, C_S] on."""
     pair, schedule = frozen.pair, frozen.pair.student_schedule
     start = batch.noise * schedule.initial_scale
     t = torch.full_like(batch.t, LAST_STEP)
-    kv = student(pair.text_encoder, batch.prompts, batch.concept, text_states.detach())
     prediction = pair.denoise(pair.student, start, t, kv)
     z_s = schedule.x0(prediction, start, t)
     return Drawn(z_s, pair.decode(z_s))
@@ -147,14 +159,31 @@ def alignment_target(
     settings: LossSettings,
 ) -> Target:
     """Item 3: the teacher answers the student's picture, re-noised to `t'`, with guidance."""
+    kv = guidance_keys_values(frozen, teacher, text_states, batch)
+    return answered_with(frozen, kv, drawn, batch, settings)
+
+
+@torch.no_grad()
+def guidance_keys_values(
+    frozen: Frozen, teacher: TeacherWeights, text_states: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Give the teacher's keys and values of the empty prompt, then of the prompts [2R, L, C_T]."""
+    encoder = frozen.pair.text_encoder
+    _, kv = teacher(encoder, None, batch.concept, text_states)
+    empty = frozen.empty_states.expand(batch.n, -1, -1)
+    _, kv_empty = teacher(encoder, None, torch.arange(batch.n), empty)
+    return torch.cat([per_row(kv_empty, batch.concept), kv])
+
+
+@torch.no_grad()
+def answered_with(
+    frozen: Frozen, kv: torch.Tensor, drawn: Drawn, batch: Batch, settings: LossSettings
+) -> Target:
+    """Item 3 from the guidance's keys and values [2R, L, C_T] on."""
     pair, schedule = frozen.pair, frozen.pair.teacher_schedule
     t = batch.t_align
     z_t = schedule.add_noise(drawn.latents.detach(), batch.noise, t)
-    _, kv = teacher(pair.text_encoder, None, batch.concept, text_states)
-    empty = frozen.empty_states.expand(batch.n, -1, -1)
-    _, kv_empty = teacher(pair.text_encoder, None, torch.arange(batch.n), empty)
-    kv_both = torch.cat([per_row(kv_empty, batch.concept), kv])
-    both = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), kv_both)
+    both = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), kv)
     uncond, cond = both.chunk(2)
     z_target = schedule.x0(uncond + settings.guidance * (cond - uncond), z_t, t)
     subject = _subject(cond - uncond, pair.resolution) if settings.masked_id else None
@@ -220,7 +249,8 @@ class _PerBackbone:
 
     def __call__(self, backbone: Backbone) -> Features:
         if id(backbone) not in self._known:
-            self._known[id(backbone)] = backbone(self.images)
+            with torch.set_grad_enabled(self.images.requires_grad):
+                self._known[id(backbone)] = backbone(self.images)
         return self._known[id(backbone)]
 
 

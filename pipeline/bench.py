@@ -24,6 +24,7 @@ from components.spec import RunSpec
 from components.train.engines import start_deepspeed
 from components.train.job import total_iterations
 from components.train.memory import is_out_of_memory, release
+from model.acceleration import accelerate
 from model.iteration import Frozen
 from pipeline import bench_measure as measure
 from pipeline.bench_bases import bench_spec, build_frozen
@@ -81,7 +82,7 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
     if settings.profile is not None:
         settings.profile.parent.mkdir(parents=True, exist_ok=True)
         settings.profile.write_text("")
-    with tempfile.TemporaryDirectory(prefix="echodistill-bench-") as work, _alone(device):
+    with tempfile.TemporaryDirectory(prefix="echodistill-bench-") as work, alone(device):
         bench = _Bench(settings, spec, device, Path(work), document, progress, write)
         document["matmul"] = measure.matmul_rate(device)
         bench.say("matmul", f"{document['matmul']['tflops']:.1f} TFLOP/s")
@@ -93,6 +94,7 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
             release(device)
             frozen = bench.build(spec.train.precision)
             bench.naive(frozen, spec.train.precision)
+        accelerate(frozen, spec.train.channels_last, spec.train.compile)
         bench.series(frozen, None if settings.seconds is None else began + settings.seconds)
     document["seconds"] = round(time.monotonic() - began, 1)
     write(document)
@@ -263,7 +265,7 @@ def _header(settings: BenchSettings, spec: RunSpec, device: torch.device) -> dic
 
 
 @contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
+def alone(device: torch.device) -> Iterator[None]:
     """Be the only rank of a process group of one while the block runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -144,3 +144,24 @@ def steps_done(spec: RunSpec, iteration: int) -> tuple[int, int]:
     alone = spec.train.iterations
     echo = max(0, iteration - 2 * alone)
     return min(iteration, alone) + echo, min(max(0, iteration - alone), alone) + echo
+
+
+def next_boundary(spec: RunSpec, iteration: int) -> int:
+    """Return the next iteration at which a block ends, which is after `iteration`."""
+    steps = [spec.tracking.log_every]
+    if spec.train.sample_every:
+        steps.append(spec.train.sample_every)
+    ends = [(iteration // step + 1) * step for step in steps]
+    for end in (spec.train.iterations, main_iterations(spec)):
+        if iteration < end:
+            ends.append(end)
+    into = iteration - main_iterations(spec)
+    if into >= 0 and echo_iterations(spec):
+        ends.append(iteration + echo_iterations(spec) - into % echo_iterations(spec))
+    return min(ends)
+
+
+def is_picture_time(spec: RunSpec, iteration: int) -> bool:
+    """Tell whether sample pictures are drawn after so many iterations."""
+    every = spec.train.sample_every
+    return bool(every) and iteration % every == 0

@@ -27,9 +27,12 @@ from components.train.engines import (
     read_state,
     stack_states,
 )
+from components.train.graphs import Record, RecordedItems, cuda_graphs
 from components.train.job import (
     echo_iterations,
+    is_picture_time,
     main_iterations,
+    next_boundary,
     steps_done,
     taking_part,
     total_iterations,
@@ -37,6 +40,7 @@ from components.train.job import (
 from components.train.members import Member, echo_of, go_on
 from components.train.memory import is_out_of_memory, release
 from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses
+from model.acceleration import uncompiled
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
@@ -71,6 +75,8 @@ class Run:
         watcher: hears what happens.
         ahead: draw the next iteration's batch in another thread meanwhile, which needs cores that
             training leaves idle; None: where a GPU trains.
+        record: how the frozen networks' work is recorded; None: as CUDA graphs, where a GPU trains
+            and the spec asks for them.
 
     """
 
@@ -79,6 +85,7 @@ class Run:
     members: list[Member]
     watcher: Watcher = field(default_factory=Watcher)
     ahead: bool | None = None
+    record: Record | None = None
 
 
 def train_members(run: Run) -> None:
@@ -149,24 +156,28 @@ class Segment:
         self._ahead = ThreadPoolExecutor(1) if ahead else None
         for member in members:
             if member.data is not None:
-                member.data = with_bank(run.frozen, member.data, run.spec.seed, run.spec.views)
+                with uncompiled(run.spec.train.compile):
+                    member.data = with_bank(run.frozen, member.data, run.spec.seed, run.spec.views)
         states = [member.state for member in members if member.state is not None]
         self.teacher, self.student, self.heads = _engines(run, states)
+        self._recorded = _recorded(run, self.heads.module)
 
     def train(self, start: int, stop: int) -> None:
         """Train from `start` iterations done to `stop`, or until a member fails."""
         watcher, iteration, alive = self.run.watcher, start, True
         while iteration < stop and alive:
-            self._begin_echo_round(iteration)
-            end = min(stop, _next_boundary(self.run.spec, iteration))
+            with uncompiled(self.run.spec.train.compile):
+                self._begin_echo_round(iteration)
+            end = min(stop, next_boundary(self.run.spec, iteration))
             block = self._block(iteration, end)
             iteration = end
             watcher.block(self.members, block)
             for member in _broken(self.members, block):
                 alive = False
                 watcher.failed(member)
-            if alive and _is_picture_time(self.run.spec, iteration):
-                watcher.pictures(self.members, iteration, self)
+            if alive and is_picture_time(self.run.spec, iteration):
+                with uncompiled(self.run.spec.train.compile):
+                    watcher.pictures(self.members, iteration, self)
             due = iteration < self._total and ranks.from_first(watcher.wants_checkpoint())
             if due or not alive or iteration == stop:
                 self._update_states(iteration, block)
@@ -177,6 +188,7 @@ class Segment:
         """Take the engines down."""
         if self._ahead is not None:
             self._ahead.shutdown(cancel_futures=True)
+        self._recorded = None
         for engine in (self.teacher, self.student, self.heads):
             free(engine)
 
@@ -187,8 +199,10 @@ class Segment:
         upcoming: Future[list[Batch]] | None = None
         for iteration in range(first, end):
             batches = self._batches(iteration) if upcoming is None else upcoming.result()
-            # What a batch is drawn from changes between blocks only.
-            if self._ahead is not None and iteration + 1 < end:
+            # What a batch is drawn from changes between blocks only. No other thread may use the
+            # GPU while work is recorded.
+            free = self._recorded is None or self._recorded.complete
+            if self._ahead is not None and free and iteration + 1 < end:
                 upcoming = self._ahead.submit(self._batches, iteration + 1)
             values = self._iterate(iteration, batches)
             names = tuple(values)
@@ -217,8 +231,7 @@ class Segment:
 
     def _learn(self, batches: list[Batch], values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Item 1: step the teacher; returns each batch's text states from before the step."""
-        settings, frozen = self.run.spec.loss, self.run.frozen
-        learned = [teacher_loss(frozen, self.teacher, batch, settings) for batch in batches]
+        learned = [self._teacher_loss(batch) for batch in batches]
         loss = _mean([loss for loss, _ in learned])
         values[f"{LOSS}rec"] = loss.detach()
         values[f"{NORM}teacher"] = self._step(self.teacher, loss)
@@ -252,18 +265,30 @@ class Segment:
             values[LOSS + name] = _mean([loss.parts[name] for loss in answered])
         if answered[0].fake_features:
             judged = [
-                discriminator_loss(self.run.frozen, self.heads, batch, loss.fake_features)
+                self._discriminator_loss(batch, loss)
                 for batch, loss in zip(batches, answered, strict=True)
             ]
             loss = _mean(judged)
             values[f"{LOSS}disc"] = loss.detach()
             values[f"{NORM}heads"] = self._step(self.heads, loss)
 
+    def _teacher_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._recorded:
+            return self._recorded.teacher_loss(self.teacher, batch)
+        return teacher_loss(self.run.frozen, self.teacher, batch, self.run.spec.loss)
+
     def _student_loss(self, batch: Batch, text_states: torch.Tensor) -> StudentLoss:
         settings, frozen, teacher = self.run.spec.loss, self.run.frozen, self.teacher.module
+        if self._recorded:
+            return self._recorded.student_loss(self.student, teacher, text_states, batch)
         drawn = student_draw(frozen, self.student, text_states, batch)
         target = alignment_target(frozen, teacher, text_states, drawn, batch, settings)
         return student_loss(frozen, self.heads.module, drawn, target, batch, settings)
+
+    def _discriminator_loss(self, batch: Batch, loss: StudentLoss) -> torch.Tensor:
+        if self._recorded:
+            batch = self._recorded.seen(batch)
+        return discriminator_loss(self.run.frozen, self.heads, batch, loss.fake_features)
 
     def _batches(self, iteration: int) -> list[Batch]:
         """Draw this rank's items of an iteration, in as many passes as the spec asks for."""
@@ -344,6 +369,14 @@ class Segment:
             )
 
 
+def _recorded(run: Run, heads: DiscriminatorHeads) -> RecordedItems | None:
+    """Give what records the work on the frozen networks, where that is asked for and possible."""
+    record = run.record
+    if record is None and run.spec.train.cuda_graphs and run.frozen.pair.device.type == "cuda":
+        record = cuda_graphs()
+    return None if record is None else RecordedItems(run.frozen, heads, run.spec.loss, record)
+
+
 def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
     """Build the three engines from the states of members that stand at the same iteration."""
     settings, pair = run.spec.train, run.frozen.pair
@@ -391,23 +424,3 @@ def _broken(members: list[Member], block: Block) -> list[Member]:
             )
             broken.append(member)
     return broken
-
-
-def _next_boundary(spec: RunSpec, iteration: int) -> int:
-    """Return the next iteration at which a block ends, which is after `iteration`."""
-    steps = [spec.tracking.log_every]
-    if spec.train.sample_every:
-        steps.append(spec.train.sample_every)
-    ends = [(iteration // step + 1) * step for step in steps]
-    for end in (spec.train.iterations, main_iterations(spec)):
-        if iteration < end:
-            ends.append(end)
-    into = iteration - main_iterations(spec)
-    if into >= 0 and echo_iterations(spec):
-        ends.append(iteration + echo_iterations(spec) - into % echo_iterations(spec))
-    return min(ends)
-
-
-def _is_picture_time(spec: RunSpec, iteration: int) -> bool:
-    every = spec.train.sample_every
-    return bool(every) and iteration % every == 0

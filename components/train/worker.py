@@ -36,6 +36,7 @@ from components.train.loop import Block, Run, Segment, Watcher, block_losses, tr
 from components.train.members import Member, load_members
 from components.train.progress import TrainEvent
 from components.train.tracking import Tracker
+from model.acceleration import accelerate
 from model.base_pair import load_base_pair
 from model.checkpointing import save_memory
 from model.discriminators import load_backbone
@@ -154,6 +155,7 @@ def _load(job: PackJob, device: torch.device) -> tuple[Run, list[Entry]]:
     spec = job.spec
     dtype = _DTYPES[spec.train.precision]
     frozen = load_frozen(job.bases, dtype, device, spec.resolution, spec.train.checkpointing)
+    accelerate(frozen, spec.train.channels_last, spec.train.compile)
     with _own_checkpoint() as folder:
         members = load_members(job, frozen, folder and folder / STATES)
         unlogged = read_unlogged(folder) if folder else []

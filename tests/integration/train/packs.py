@@ -12,6 +12,7 @@ from PIL import Image
 from components.ingest.concept_folder import Concept, check_prefix
 from components.spec import RunSpec, resolve_spec
 from components.train.checkpoint import ConceptState
+from components.train.graphs import Record
 from components.train.job import BasePaths, PackJob
 from components.train.loop import Run, Watcher, train_members
 from components.train.members import Member, go_on, load_members
@@ -68,13 +69,14 @@ def trained(
     start: dict[str, ConceptState] | None = None,
     watcher: Watcher | None = None,
     ahead: bool | None = None,
+    record: Record | None = None,
 ) -> Run:
     """Trains a pack on this rank, from the given states where there are some."""
     frozen, members = loaded(spec, concepts)
     for member in members:
         if start and member.concept.id in start:
             go_on(member, start[member.concept.id])
-    run = Run(spec, frozen, members, watcher or Watcher(), ahead)
+    run = Run(spec, frozen, members, watcher or Watcher(), ahead, record)
     train_members(run)
     return run
 
