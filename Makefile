@@ -57,9 +57,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 system-deps: ## Install the system packages that optional tests want (Debian, Ubuntu; needs root)
 	@command -v apt-get >/dev/null || { echo "this target knows apt-get only: install chromium and" \
-	  "redis-server with your own package manager" >&2; exit 2; }
+	  "redis-server, prometheus with your own package manager" >&2; exit 2; }
 	$(shell [ $$(id -u) = 0 ] || echo sudo) apt-get update
-	$(shell [ $$(id -u) = 0 ] || echo sudo) apt-get install -y --no-install-recommends chromium redis-server
+	$(shell [ $$(id -u) = 0 ] || echo sudo) apt-get install -y --no-install-recommends chromium redis-server prometheus
 
 clean: ## Remove what runs and tools wrote (not .venv)
 	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info

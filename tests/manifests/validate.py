@@ -18,6 +18,7 @@ KEPT = {
     "ray.io/v1": "ray.yaml",
     "kueue.x-k8s.io/v1beta2": "kueue.yaml",
     "monitoring.coreos.com/v1": "monitoring.yaml",
+    "monitoring.coreos.com/v1alpha1": "monitoring.yaml",
 }
 _ENVELOPE = {"apiVersion", "kind", "metadata"}
 

