@@ -56,8 +56,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 system-deps: ## Install the system packages that optional tests want (Debian, Ubuntu; needs root)
-	@command -v apt-get >/dev/null || { echo "this target knows apt-get only: install chromium and" \
-	  "redis-server, prometheus with your own package manager" >&2; exit 2; }
+	@command -v apt-get >/dev/null || { echo "this target knows apt-get only: install chromium," \
+	  "redis-server and prometheus with your own package manager" >&2; exit 2; }
 	$(shell [ $$(id -u) = 0 ] || echo sudo) apt-get update
 	$(shell [ $$(id -u) = 0 ] || echo sudo) apt-get install -y --no-install-recommends chromium redis-server prometheus
 

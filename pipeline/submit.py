@@ -58,6 +58,45 @@ def check(prefix: str, spec: RunSpec, progress: Progress) -> Checked:
     return checked
 
 
+def plan(
+    checked: Checked,
+    progress: Progress,
+    *,
+    storage: str | None = None,
+    force: bool = False,
+    waiting: int = 2,
+) -> Batch:
+    """Upload what a cluster can't read and write the batch, for whoever drives it.
+
+    Args:
+        checked: what `check` gave.
+        progress: listens.
+        storage: folder that every node sees, or s3:// URI, of batches, checkpoints and uploaded
+            photos; by default the spec's, or one in the prefix's bucket.
+        force: train registered concepts again.
+        waiting: how many packs may wait for room at a time.
+
+    Raises:
+        InputError: when no concept is valid, or a setting is wrong.
+        ServiceError: when the storage is out of reach.
+    """
+    place = storage_for(checked.prefix, checked.spec, storage)
+    spec = at_storage(checked.spec, place)
+    # In S3 there is no place for the registry's file: it stays where `train` has it.
+    registry = tracking_uri(spec=checked.spec if place.startswith("s3://") else spec)
+    if hide_password(registry) != registry:
+        raise InputError(
+            f"{hide_password(registry)} holds a password, which the batch's documents would show: "
+            "give it to the cluster as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    batch, concepts = plan_batch(
+        checked.prefix, checked.concepts, spec, registry=registry, force=force, waiting=waiting
+    )
+    progress(Event("upload", batch.storage, f"photos of {len(concepts)} concepts"))
+    save_batch(batch, upload_photos(concepts, batch.storage))
+    return batch
+
+
 def submit(
     checked: Checked,
     jobs: Jobs,
@@ -74,10 +113,9 @@ def submit(
         checked: what `check` gave.
         jobs: the cluster.
         progress: listens.
-        storage: folder that every node sees, or s3:// URI, of batches, checkpoints and uploaded
-            photos; by default the spec's, or one in the prefix's bucket.
-        force: train registered concepts again.
-        waiting: how many packs may wait for room at a time.
+        storage: as `plan`.
+        force: as `plan`.
+        waiting: as `plan`.
         environment: variables for the job.
 
     Returns:
@@ -87,20 +125,7 @@ def submit(
         InputError: when no concept is valid, or a setting is wrong.
         ServiceError: when storage or cluster are out of reach.
     """
-    place = storage_for(checked.prefix, checked.spec, storage)
-    spec = at_storage(checked.spec, place)
-    # In S3 there is no place for the registry's file: it stays where `train` has it.
-    registry = tracking_uri(spec=checked.spec if place.startswith("s3://") else spec)
-    if hide_password(registry) != registry:
-        raise InputError(
-            f"{hide_password(registry)} holds a password, which the batch's documents would show: "
-            "give it to the cluster as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
-    batch, concepts = plan_batch(
-        checked.prefix, checked.concepts, spec, registry=registry, force=force, waiting=waiting
-    )
-    progress(Event("upload", batch.storage, f"photos of {len(concepts)} concepts"))
-    save_batch(batch, upload_photos(concepts, batch.storage))
+    batch = plan(checked, progress, storage=storage, force=force, waiting=waiting)
     job = jobs.submit(batch, environment=environment)
     progress(Event("submit", batch.id, f"{len(batch.packs)} packs as the job {job}"))
     return batch, job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -65,6 +65,10 @@ def submit(
         int,
         typer.Option(min=1, help="Packs that wait for room at a time (what an autoscaler sees)."),
     ] = 2,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only write the batch: a RayJob drives it (infra/README.md)."),
+    ] = False,
     env: Env = None,
     tracking_uri: TrackingUri = None,
     json: Json = False,
@@ -87,6 +91,9 @@ def submit(
         checked = batches.check(prefix, resolved, output)
         if strict and checked.invalid or len(checked.invalid) == len(checked.concepts):
             _refuse(output, checked)
+        if plan:
+            planned = batches.plan(checked, output, storage=storage, force=force, waiting=waiting)
+            _end_planned(output, planned)
         jobs = _jobs(address)
         batch, job = batches.submit(
             checked,
@@ -176,6 +183,15 @@ def _refuse(output: Output, checked: Checked) -> None:
     output.finish(document, lambda console: draw(console, states))
     output.say("nothing was submitted")
     raise typer.Exit(1)
+
+
+def _end_planned(output: Output, batch: Batch) -> NoReturn:
+    """Show a batch that nobody drives yet."""
+    from components.train.state import BatchView
+
+    show(output, BatchView(batch.uri).read())
+    output.say(f"the batch is written and waits for its driver: {batch.uri}")
+    raise typer.Exit(1 if batch.invalid else 0)
 
 
 def _end(output: Output, batch: Batch, jobs: Jobs, job: str, wait: bool) -> None:
