@@ -18,6 +18,7 @@ KNOWN = {
     "kind",
     "namespace",
     "resources",
+    "images",
     "patches",
     "configMapGenerator",
     "generatorOptions",
@@ -40,6 +41,9 @@ def build(folder: Path) -> list[Manifest]:
     for patch in facts.get("patches", ()):
         text = patch["patch"] if "patch" in patch else (folder / patch["path"]).read_text("utf-8")
         apply_patch(_target(found, patch["target"]), yaml.safe_load(text))
+    for image in facts.get("images", ()):
+        for manifest in found:
+            _rename(manifest, image)
     if "namespace" in facts:
         for manifest in found:
             _move(manifest, facts["namespace"])
@@ -93,9 +97,21 @@ def _config_map(folder: Path, item: dict[str, Any], options: dict[str, Any]) -> 
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
 
+def _rename(node: Any, image: dict[str, str]) -> None:
+    """Names another image wherever containers are, as kustomize does for every kind."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if key in ("containers", "initContainers"):
+            for container in value:
+                name, colon, tag = container["image"].partition(":")
+                if name == image["name"]:
+                    end = f"@{image['digest']}" if image.get("digest") else None
+                    end = end or (f":{image['newTag']}" if "newTag" in image else colon + tag)
+                    container["image"] = image.get("newName", name) + end
+        elif isinstance(value, dict | list):
+            _rename(value, image)
+
+
 def _move(manifest: Manifest, namespace: str) -> None:
     if manifest["kind"] in CLUSTER_WIDE:
         return
     manifest["metadata"]["namespace"] = namespace
-    for subject in manifest.get("subjects", ()):
-        subject["namespace"] = namespace

@@ -29,7 +29,7 @@ def _pods() -> dict[str, Peer]:
 
 
 PODS = _pods() | {
-    "pipeline step": Peer({COMPONENT: "pipeline", "echodistill.dev/kubernetes-api": "true"}),
+    "pipeline step": Peer({}, {"echodistill.dev/pipelines": "true"}),
     "client": Peer({"echodistill.dev/client": "true"}),
     "stranger": Peer({"app": "other"}),
     "ingress": Peer({}, {"echodistill.dev/client": "true"}),
@@ -51,8 +51,7 @@ OPEN = [
     ("train head", "mlflow", 5000),
     ("serve worker", "mlflow", 5000),
     ("pipeline step", "mlflow", 5000),
-    ("pipeline step", "api server", 443),
-    ("pipeline step", "s3", 443),
+    ("pipeline step", "objectstore", 9000),
     ("mlflow", "postgres", 5432),
     ("mlflow", "s3", 443),
     ("train head", "s3", 443),
@@ -75,6 +74,9 @@ SHUT = [
     ("stranger", "mlflow", 5000),
     ("stranger", "s3", 443),
     ("client", "mlflow", 5000),
+    ("ingress", "mlflow", 5000),
+    ("pipeline step", "train head", 8265),
+    ("pipeline step", "postgres", 5432),
     ("client", "serve head", 8265),
     ("neighbour", "train head", 8265),
     ("neighbour", "mlflow", 5000),
