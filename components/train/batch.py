@@ -292,8 +292,15 @@ def find_batch(given: str | None, storage: str) -> str:
     """
     if given is not None:
         return given.rstrip("/") if "/" in given else batch_uri(storage, given)
-    folders = documents.list_folders(store.join(storage, BATCHES))
-    known = [name for name in folders if _DATED.search(name)]  # not those named by content
+    known = documents.list_folders(store.join(storage, BATCHES))
     if not known:
         raise InputError(f"there is no batch in {storage}: give --storage, or a batch's URI")
-    return batch_uri(storage, max(known, key=lambda name: name.split("-")[-3:]))
+    dated = sorted((name for name in known if _DATED.search(name)), key=lambda n: n.split("-")[-3:])
+    others = [name for name in known if not _DATED.search(name)]  # named after their content
+    uris = [batch_uri(storage, name) for name in (*dated[-1:], *others)]
+    return uris[0] if len(uris) == 1 else max(uris, key=_submitted)
+
+
+def _submitted(uri: str) -> float:
+    found = documents.read(store.join(uri, _PLAN))
+    return float(found.value["submitted"]) if found else 0.0
