@@ -1,4 +1,8 @@
-"""A headless Chromium over its DevTools protocol: enough of it to use a page as a person does."""
+"""A headless Chromium over its DevTools protocol: enough of it to use a page as a person does.
+
+`python -m tests.browser http://127.0.0.1:8000/ serve/page/screenshot.webp` photographs the page of a
+running endpoint, once it has drawn.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import base64
 import itertools
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -149,3 +154,29 @@ async def opened(port: int, url: str) -> AsyncIterator[Page]:
             finally:
                 await page.tell("Page.close")
                 listening.cancel()
+
+
+LARGEST = 60_000  # bytes of a photograph
+
+
+async def photograph_page(port: int, url: str) -> bytes:
+    """The endpoint's page with a picture on it, as a WebP file of at most `LARGEST` bytes."""
+    async with opened(port, url) as page:
+        await page.screen(1100, 760)
+        await page.until("document.querySelector('#picture').naturalWidth > 0")
+        shown = [image async for image in _ever_smaller(page)]
+    return shown[-1]
+
+
+async def _ever_smaller(page: Page) -> AsyncIterator[bytes]:
+    for quality in range(85, 15, -10):
+        image = await page.photograph(quality)
+        yield image
+        if len(image) <= LARGEST:
+            return
+    raise AssertionError(f"the page makes more than {LARGEST} bytes")
+
+
+if __name__ == "__main__":
+    with running_browser() as its_port:
+        Path(sys.argv[2]).write_bytes(asyncio.run(photograph_page(its_port, sys.argv[1])))

@@ -1,4 +1,4 @@
-"""The engine of the endpoint measured on one GPU, in one go; README.md says how.
+"""The engine of the endpoint measured on one GPU, in one go; SERVE.md says how.
 
 Needs no installation of the project, no network, no Ray and no MLflow. What is measured is written
 as it comes, so that a run that is cut short leaves what it had.
