@@ -1,7 +1,7 @@
 """A headless Chromium over its DevTools protocol: enough of it to use a page as a person does.
 
-`python -m tests.browser http://127.0.0.1:8000/ serve/page/screenshot.webp` photographs the page of a
-running endpoint, once it has drawn.
+`python -m tests.browser http://127.0.0.1:8000/ serve/page/screenshot.webp` photographs the page of
+a running endpoint, once it has drawn.
 """
 
 from __future__ import annotations
