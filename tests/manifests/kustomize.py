@@ -53,7 +53,8 @@ def build(folder: Path) -> list[Manifest]:
 def load(path: Path) -> list[Manifest]:
     """The documents of a file, without what anchors share between them."""
     text = path.read_text("utf-8")
-    return [copy.deepcopy(item) for item in yaml.safe_load_all(text) if item is not None]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    return [copy.deepcopy(item) for item in yaml.load_all(text, loader) if item is not None]
 
 
 def apply_patch(manifest: Manifest, operations: list[dict[str, Any]]) -> None:
