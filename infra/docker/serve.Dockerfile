@@ -20,7 +20,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY model/pocket/NOTICE model/pocket/
 COPY infra/docker/install.sh infra/docker/sbom.py infra/docker/
 RUN infra/docker/install.sh /app serve "$TORCH" \
-    && python -m pip uninstall --yes echodistill
+    && python -m pip uninstall --yes echodistill \
+    && rm -rf build
 COPY model model
 COPY components components
 COPY pipeline pipeline
@@ -31,9 +32,16 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --no-deps -
     && python -m compileall -q model components pipeline serve
 
 FROM ${PYTHON_IMAGE}
-RUN groupadd --gid 10001 echodistill \
+# gcc: Triton compiles with it what torch fuses (`speed: compile`). The profile: KubeRay may start Ray from a
+# login shell.
+# hadolint ignore=DL3008 # the base's digest pins the distribution; its fixes should come in
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 echodistill \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin echodistill \
-    && install -d -o 10001 -g 10001 /var/cache/echodistill
+    && install -d -o 10001 -g 10001 /var/cache/echodistill \
+    && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 # The NVIDIA runtime gives the container its GPUs by these.
