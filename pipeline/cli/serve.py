@@ -57,7 +57,8 @@ def serve(
     def work() -> None:
         # Said in here, where a signal is listened to.
         output.say("starting Ray and the endpoint (half a minute)")
-        with local_ray(cpus=settings.replicas + 1, echo=output.debug):
+        most = max(settings.replicas, settings.max_replicas or 0)
+        with local_ray(cpus=most + 1, echo=output.debug):
             endpoint = start(settings)
             job.patience = DRAIN_SECONDS
             try:

@@ -5,9 +5,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from ray.serve.config import AutoscalingConfig
 
 from model.errors import InputError
 from serve.api import ApiError, ModelRef, busy, parse_model
+from serve.app import _replicas
 from serve.auth import ApiKeys, key_digest, main, new_key, read_keys
 from serve.endpoint import free_port
 from serve.settings import ServeSettings, load_settings
@@ -47,12 +49,23 @@ def test_arguments_win_over_environment(monkeypatch: pytest.MonkeyPatch) -> None
         ({"student": "."}, "give yours another name"),
         ({"max_n": 10, "max_queue": 5}, "`max_n`"),
         ({"device": "tpu"}, "'device'"),
+        ({"replicas": 3, "max_replicas": 2}, "`max_replicas`"),
+        ({"prewarm": "../x"}, "'prewarm'"),
+        ({"safety_checker": "os.system"}, "'safety_checker'"),
+        ({"speed": "warp"}, "'speed'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(given: dict[str, object], message: str) -> None:
     with pytest.raises(InputError) as caught:
         load_settings(**given)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_replicas_are_a_number_or_scale_with_the_requests_under_way() -> None:
+    assert _replicas(ServeSettings(replicas=3)) == {"num_replicas": 3}
+    (scaling,) = _replicas(ServeSettings(replicas=1, max_replicas=4, scale_at=6)).values()
+    assert AutoscalingConfig(**scaling).target_ongoing_requests == 6
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 4)
 
 
 def test_local_only() -> None:
