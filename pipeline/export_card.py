@@ -59,9 +59,9 @@ class Exported:
             "sha256": self.sha256,
             "format": self.format,
             "rank": self.rank,
-            "error": self.error,
+            "off": self.error,
             "stored_rank": self.stored_rank,
-            "stored_error": self.stored_error,
+            "stored_off": self.stored_error,
             "base": self.base,
             "prompt": self.prompt,
             "files": self.sizes,
@@ -87,8 +87,9 @@ def _stored(export: Exported) -> str:
     if error is None:
         return ""
     return (
-        f"The adapter is of rank {export.stored_rank} itself, and off from what was trained by "
-        f"{error['weights']:.2%} and {error['pictures']:.2f} levels. "
+        f"The adapter itself was stored in rank {export.stored_rank}: its pictures differ from "
+        f"those of the whole one by {error['pictures']:.2f} levels at most "
+        f"(`adapter.max_picture_error` bounds that), its weights by {error['weights']:.0%}. "
     )
 
 
@@ -181,7 +182,13 @@ def human(export: Exported, folder: str) -> Sequence[str]:
     ]
     if export.stored_error is not None:
         lines.append(
-            f"the adapter itself, of rank {export.stored_rank}, is off from what was trained by "
-            f"{export.stored_error['weights']:.2%} and {export.stored_error['pictures']:.2f} levels"
+            f"the adapter itself was stored in rank {export.stored_rank}, whose pictures differ "
+            f"from the whole one's by {export.stored_error['pictures']:.2f} levels at most "
+            f"(weights by {export.stored_error['weights']:.0%}); adapter.max_picture_error bounds it"
+        )
+    if export.format == "comfyui" and export.base.startswith("pocket:"):
+        lines.append(
+            "warning: ComfyUI knows networks of Stable Diffusion's own sizes only, and the pocket "
+            "pair is not one"
         )
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = (1, 2, 4)
 LARGEST_N = 64
+_NAME_LENGTH = 48
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def generate(
     start = time.perf_counter()
     for done, one in enumerate(seeds, 1):
         picture = draw(pair, [adapter], [words], [one], steps)[0]
-        path = out / f"{version.concept_id}-v{version.version}-seed{one}.png"
+        path = (
+            out / f"{version.concept_id}-v{version.version}-{_words(prompt, steps)}-seed{one}.png"
+        )
         _save(picture, path)
         paths.append(path)
         progress(Event("draw", version.concept_id, path.name, done, n))
@@ -101,6 +106,15 @@ def generate(
     return Generated(
         version.concept_id, version.version, version.sha256, words, seeds, tuple(paths), seconds
     )
+
+
+def _words(prompt: str, steps: int) -> str:
+    """Name pictures of a prompt, so that another's do not take their place."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if len(words) > _NAME_LENGTH:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:6]
+        words = f"{words[:_NAME_LENGTH].rstrip('-')}-{digest}"
+    return words if steps == 1 else f"{words}-{steps}-steps"
 
 
 def load_version(version: RegisteredVersion, tracking_uri: str) -> Adapter:

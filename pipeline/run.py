@@ -37,7 +37,7 @@ from components.train.batch import packs, sort_checked
 from components.train.delivery import TrackingSettings, deliver_late
 from components.train.handover import TO_REGISTER
 from components.train.job import BasePaths, TrainedConcept, pack_name
-from components.train.pack import train_pack
+from components.train.pack import check_storage, train_pack
 from components.train.progress import TrainEvent
 from components.train.state import ConceptState
 from model.errors import DISK_FULL, AwayError, EchoDistillError, InputError, ServiceError
@@ -184,6 +184,7 @@ def train_prefix(
         results |= runner.already(concepts)
         rest = [concept for concept in concepts if concept.id not in results]
         if rest:
+            check_storage(spec.train.storage_path)
             batch = parent_of_training(uri, spec, registry, valid, results, force=force)
             with cluster(), batch as runner.parent:
                 for pack in packs(rest, spec.pack.size):

@@ -64,6 +64,10 @@ def local_ray(cpus: int, *, echo: bool = False) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"address": address}
+        if address and ":" in address and "://" not in address:
+            # Ray Train's cleaner of placement groups looks its cluster up by this, and finds
+            # another one where there are several on a machine.
+            options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
         if not address:
             options = _local_options(cpus, stack.enter_context(scratch_folder()))
         stack.callback(_stop_ray)

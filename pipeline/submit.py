@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from components.ingest import store
 from components.ingest.concept_folder import CheckedConcept, check_prefix
 from components.register.connection import hide_password
 from components.spec import RunSpec
@@ -18,7 +19,7 @@ from components.train.batch import (
     storage_for,
     upload_photos,
 )
-from components.train.claims import end_lease
+from components.train.claims import end_lease, queue_again
 from components.train.state import BatchStatus, BatchView
 from model.errors import InputError, ServiceError
 from pipeline.jobs import Jobs, is_driven, is_lost
@@ -51,6 +52,8 @@ def check(prefix: str, spec: RunSpec, progress: Progress) -> Checked:
         InputError: when the prefix holds no concepts.
         ServiceError: when S3 is out of reach.
     """
+    if not store.is_s3(prefix):  # it is written down, and read elsewhere
+        prefix = str(store.local_path(prefix).resolve())
     progress(Event("check", prefix))
     checked = Checked(prefix, spec, tuple(check_prefix(prefix)))
     good = len(checked.concepts) - len(checked.invalid)
@@ -92,7 +95,8 @@ def plan(
     batch, concepts = plan_batch(
         checked.prefix, checked.concepts, spec, registry=registry, force=force, waiting=waiting
     )
-    progress(Event("upload", batch.storage, f"photos of {len(concepts)} concepts"))
+    if not store.is_s3(checked.prefix):
+        progress(Event("upload", batch.storage, f"photos of {len(concepts)} concepts"))
     save_batch(batch, upload_photos(concepts, batch.storage))
     return batch
 
@@ -127,7 +131,7 @@ def submit(
     """
     batch = plan(checked, progress, storage=storage, force=force, waiting=waiting)
     job = jobs.submit(batch, environment=environment)
-    progress(Event("submit", batch.id, f"{len(batch.packs)} packs as the job {job}"))
+    progress(Event("submit", batch.id, f"packs: {len(batch.packs)}; job: {job}"))
     return batch, job
 
 
@@ -145,6 +149,7 @@ def retry(
         raise InputError(f"the batch {batch.id} is being worked on: wait, or cancel it")
     if is_driven(batch):  # its job is over, but did not say so: it was killed
         end_lease(batch.uri, "interrupted")
+    queue_again(batch.uri)
     return jobs.submit(batch, failed=failed, environment=environment)
 
 

@@ -57,6 +57,7 @@ def _what_there_is(concept_id: str, pointer: str, default: str, tracking_uri: st
     client = connect(tracking_uri)
     with reaching(tracking_uri):
         versions = client.search_model_versions(f"name = '{model_name(concept_id)}'")
+        aliases = client.get_registered_model(model_name(concept_id)).aliases if versions else {}
     where = f"in the registry at {hide_password(tracking_uri)}"
     if not versions:
         return (
@@ -66,7 +67,10 @@ def _what_there_is(concept_id: str, pointer: str, default: str, tracking_uri: st
     numbers = ", ".join(str(number) for number in sorted(int(each.version) for each in versions))
     kind = "version" if pointer.isdecimal() else "alias"
     asked = f"{kind} {pointer}" if pointer else default
-    return f"concept {concept_id!r} has no {asked} {where}: ask for one of its versions ({numbers})"
+    there = f"versions ({numbers})" + (
+        f" or aliases ({', '.join(sorted(aliases))})" if aliases else ""
+    )
+    return f"concept {concept_id!r} has no {asked} {where}: ask for one of its {there}"
 
 
 def run_of(version: RegisteredVersion, tracking_uri: str) -> Any:

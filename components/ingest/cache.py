@@ -30,7 +30,7 @@ def disk_error(error: OSError, where: Path | str) -> EchoDistillError:
     if error.errno in DISK_FULL:
         return ServiceError(f"no space left on the disk while writing {where}: free some and rerun")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError(f"may not write {where}: change its permissions or the setting naming it")
+        return InputError(f"may not write {where} ({error.strerror}): name another place")
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return InputError(f"{where} can't be written ({error.strerror}): name another place")
     return ServiceError(f"could not write {where}: {error.strerror or error}")

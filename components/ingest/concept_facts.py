@@ -64,13 +64,17 @@ class Facts:
         words = (self.class_noun or "").lower().split()
         return bool(words) and words[-1] in _LIVE_NOUNS and not _NOT_LIVE & set(words)
 
-    def problems(self, image_names: set[str]) -> list[str]:
-        """Say what is missing, and which captions are of no image."""
+    def problems(self, image_names: set[str], *, read: bool = True) -> list[str]:
+        """Say what is missing, and which captions are of no image.
+
+        Of facts that could not all be `read` nothing is missing.
+        """
         found = []
-        if self.class_noun is None:
+        if self.class_noun is None and read:
             found.append(
-                f"{CONCEPT_FILE}: the class noun is missing: write `class_noun: dog` into it, "
-                f"or the concept into {CONCEPTS_FILE} or {CLASSES_FILE} beside the folders"
+                "the class noun is missing: write `class_noun: dog` into "
+                f"{CONCEPT_FILE} beside the images, or the concept into {CONCEPTS_FILE} or "
+                f"{CLASSES_FILE} beside the folders"
             )
         for name in self.captions:
             if name not in image_names:

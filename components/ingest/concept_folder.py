@@ -207,13 +207,14 @@ def _check_concept(
     direct = [entry for entry in entries if "/" not in entry.name]
     photos, others = _sort_files(direct, problems)
     facts = outside.of(concept_id)
-    problems += outside.problems_of(concept_id)
+    wrong = outside.problems_of(concept_id)
     own = next((entry for entry in others if entry.name == concept_facts.CONCEPT_FILE), None)
     if own is not None:
         facts, found = concept_facts.read_own(own, facts, cache)
-        problems += found
+        wrong += found
+    problems += wrong
     if not any(entry.refusal == store.EMPTY_FOLDER for entry in direct):
-        problems += facts.problems({entry.name for entry in photos})
+        problems += facts.problems({entry.name for entry in photos}, read=not wrong)
     if not photos:
         problems.append(_no_images(concept_id, entries, direct))
     elif len(photos) > MAX_IMAGES:

@@ -57,7 +57,8 @@ def parse(uri: str) -> tuple[str, str]:
     """Split ``s3://bucket/key`` into bucket and key; InputError without a bucket."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
-        raise InputError(f"{uri} names no bucket: write s3://bucket/prefix")
+        wrong = f"{bucket!r} is no bucket's name" if bucket else "names no bucket"
+        raise InputError(f"{uri}: {wrong}: write s3://bucket/prefix")
     return bucket, key
 
 

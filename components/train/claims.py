@@ -44,6 +44,14 @@ def end_lease(batch_uri: str, how: str) -> None:
         documents.write(place, {**there.value, "ended": how}, there.tag)
 
 
+def queue_again(batch_uri: str) -> None:
+    """Say of a batch whose last driver has ended that another was asked for."""
+    place = store.join(batch_uri, LEASE)
+    there = documents.read(place)
+    if there is not None and there.value.get("ended"):
+        documents.write(place, {**there.value, "ended": "queued", "error": None}, there.tag)
+
+
 class Lease:
     """A driver's hold on a batch, renewed by a thread until it ends.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def train_pack(
     _check(spec, concepts)
     name = run_name or pack_name(spec, concepts)
     storage = _absolute(storage_path or spec.train.storage_path)
-    _check_storage(storage)
+    check_storage(storage)
     board = make_board()
     job = PackJob(
         spec=spec,
@@ -117,15 +118,22 @@ def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
         )
 
 
-def _check_storage(storage: str) -> None:
-    """Refuse a storage path that can't be written, before any worker is asked for."""
+def check_storage(storage: str) -> None:
+    """Refuse a storage path that can't be written, before any worker is asked for.
+
+    Raises:
+        InputError: when it is wrong or may not be written.
+        ServiceError: when it is out of reach, or full.
+
+    """
     if store.is_s3(storage):
         store.exists(storage)  # raises for a bucket that is wrong or out of reach
         return
     try:
         Path(storage).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=storage).close()
     except OSError as error:
-        raise disk_error(error, storage) from error
+        raise disk_error(error, f"{storage} (train.storage_path)") from error
 
 
 def _fit(job: PackJob, storage: str) -> Any:
@@ -159,13 +167,13 @@ def _fit(job: PackJob, storage: str) -> Any:
     try:
         return trainer.fit().checkpoint
     except RayError as error:  # the cluster or its controller broke, not the training
-        _check_storage(storage)
+        check_storage(storage)
         raise ServiceError(
             f"Ray broke while it trained {job.run_name}: {_reason(error)}"
         ) from error
     except Failed as error:
         log.error("training %s broke: %s", job.run_name, error)
-        _check_storage(storage)  # one that is away breaks every restart
+        check_storage(storage)  # one that is away breaks every restart
         if _of_storage(error):
             raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
         return f"training broke and used up its restarts: {_reason(error)}"

@@ -171,7 +171,9 @@ def status_of(
         state = "interrupted"
     concepts = concept_states(batch, found, packs)
     error = lease.get("error")
-    if state not in ("running", "done"):
+    if state == "queued":  # for its next driver
+        concepts = {name: _queued(one) for name, one in concepts.items()}
+    elif state not in ("running", "done"):
         concepts = {name: _left(one, state, batch) for name, one in concepts.items()}
     return BatchStatus(
         batch, state, tuple(concepts.values()), lease.get("job"), found.get("registry"), error
@@ -215,6 +217,10 @@ def write_states(batch: Batch, changed: Iterable[ConceptState]) -> None:
             place = store.join(batch.uri, f"{PACKS}/{number}.json")
             there = documents.read(place)
             documents.write(place, {**(there.value if there else {}), **mine})
+
+
+def _queued(one: ConceptState) -> ConceptState:
+    return one if one.over else replace(one, state="queued", note="")
 
 
 def _left(one: ConceptState, state: BatchState, batch: Batch) -> ConceptState:

@@ -66,5 +66,5 @@ Storage = Annotated[
 ]
 BatchName = Annotated[
     str | None,
-    typer.Argument(metavar="BATCH", help="A batch's id or URI; the newest by default."),
+    typer.Argument(metavar="BATCH", help="A batch's id or URI; the last one by default."),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from components.train.state import BatchStatus, ConceptState
 
 LOG = Path("runs/logs/status.txt")
+LAST = Path("runs/last-batch.txt")  # the URI of the batch that was submitted here last
 WATCH_SECONDS = 3.0
 _GOOD = ("trained", "already", "training", "queued", "waiting")
 
@@ -40,7 +42,8 @@ def status(
 ) -> None:
     """Show what the concepts of a batch are at, from the storage alone.
 
-    Exit code 1 when a concept is not valid or failed.
+    Without a name: the batch that was submitted last from this folder. Exit code 1 when a concept
+    is not valid, failed, or did not pass the gate.
     """
     output: Output = context.obj
     from components.train.state import BatchView
@@ -52,7 +55,13 @@ def status(
     if report is not None:
         _write_report(output, found, report, tracking_uri)
     show(output, found)
-    raise typer.Exit(1 if any(one.error for one in found.concepts) or found.error else 0)
+    raise typer.Exit(exit_code(found))
+
+
+def exit_code(found: BatchStatus) -> int:
+    """Return 1 when something is wrong with a batch so far, else 0."""
+    stays = any(one.state == "trained" and not one.promoted for one in found.concepts)
+    return 1 if stays or found.error or any(one.error for one in found.concepts) else 0
 
 
 def logs(
@@ -88,6 +97,13 @@ def logs(
             console.print(line, markup=False, soft_wrap=True)
 
     output.finish(document, human)
+
+
+def remember(batch: Batch) -> None:
+    """Keep a batch as the one that is meant where none is named."""
+    with suppress(OSError):  # it can be named all the same
+        LAST.parent.mkdir(parents=True, exist_ok=True)
+        LAST.write_text(batch.uri + "\n", encoding="utf-8")
 
 
 def named_batch(given: str | None, storage: str | None) -> Batch:
@@ -139,6 +155,8 @@ def _uri(given: str | None, storage: str | None) -> str:
     from components.spec import TrainSpec
     from components.train.batch import find_batch
 
+    if given is None and storage is None and LAST.is_file():
+        return LAST.read_text(encoding="utf-8").strip()
     place = storage or TrainSpec().storage_path
     if not store.is_s3(place):
         place = str(store.local_path(place).resolve())

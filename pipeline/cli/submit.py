@@ -22,7 +22,7 @@ from pipeline.cli.options import (
     TrackingUri,
 )
 from pipeline.cli.output import Output
-from pipeline.cli.status import draw, named_batch, show
+from pipeline.cli.status import draw, exit_code, named_batch, remember, show
 from pipeline.cli.train import _resolve
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def submit(
             _refuse(output, checked)
         if plan:
             planned = batches.plan(checked, output, storage=storage, force=force, waiting=waiting)
+            remember(planned)
             _end_planned(output, planned)
         jobs = _jobs(address)
         batch, job = batches.submit(
@@ -104,6 +105,7 @@ def submit(
             waiting=waiting,
             environment=environment,
         )
+        remember(batch)
         _end(output, batch, jobs, job, wait)
 
 
@@ -126,6 +128,7 @@ def retry(
 
     found = named_batch(batch, storage)
     with output.noise_to(LOG):
+        _end_if_done(output, found, failed)
         jobs = _jobs(address)
         job = batches.retry(found, jobs, failed=failed, environment=_environment(env))
         _end(output, found, jobs, job, wait)
@@ -183,6 +186,18 @@ def _refuse(output: Output, checked: Checked) -> None:
     output.finish(document, lambda console: draw(console, states))
     output.say("nothing was submitted")
     raise typer.Exit(1)
+
+
+def _end_if_done(output: Output, batch: Batch, failed: bool) -> None:
+    """Show a batch that has nothing left to do, and end."""
+    from components.train.state import BatchView
+
+    status = BatchView(batch.uri).read()
+    if not all(one.over and not (failed and one.state == "failed") for one in status.concepts):
+        return
+    show(output, status)
+    output.say("nothing is left to do")
+    raise typer.Exit(exit_code(status))
 
 
 def _end_planned(output: Output, batch: Batch) -> NoReturn:

@@ -212,7 +212,7 @@ def test_what_is_wrong_with_s3_is_said_in_one_sentence(
 
     assert "there is no such bucket" in said("s3://no-such-bucket-here/x")
     assert "holds no files" in said(f"{s3_bucket.uri}/nothing")
-    assert "names no bucket" in said("s3://in valid/x")
+    assert "'in valid' is no bucket's name" in said("s3://in valid/x")
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "not a url")
         assert "Invalid endpoint" in said(s3_bucket.uri)

@@ -43,7 +43,7 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
 def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """Start `echodistill` in `cwd`, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli.main", *arguments],
+        [sys.executable, "-m", "pipeline.cli.entry", *arguments],
         cwd=cwd,
         env=environment(cwd, **env),
         stdout=subprocess.PIPE,

@@ -128,7 +128,7 @@ def test_a_full_disk_while_the_grid_is_written(prefix: Path, tmp_path: Path) -> 
     from tests.integration.pipeline.commands import environment
 
     process = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli.main", "check", str(prefix), "--grid", "g.png"],
+        [sys.executable, "-m", "pipeline.cli.entry", "check", str(prefix), "--grid", "g.png"],
         cwd=tmp_path,
         env=environment(tmp_path),
         capture_output=True,

@@ -177,6 +177,7 @@ def test_every_problem_of_every_concept_is_said_at_once(tmp_path: Path) -> None:
     good = concept_folder(tmp_path, "good")
     bad = concept_folder(tmp_path, "Bad Name", facts="clas_noun: dog\ntoken: new1\nlive: maybe\n")
     (bad / "99.png").write_bytes(b"junk")
+    concept_folder(tmp_path, "nameless", facts="")
     concept_folder(tmp_path, "empty", n_images=0)
     concept_folder(tmp_path, "many", n_images=65)
     deep = concept_folder(tmp_path, "deep", n_images=0)
@@ -190,11 +191,15 @@ def test_every_problem_of_every_concept_is_said_at_once(tmp_path: Path) -> None:
         "concept.yaml: unknown key 'clas_noun': did you mean `class_noun`?",
         "concept.yaml: `token` must look like <new1>",
         "concept.yaml: `live` must be true or false, not 'maybe'",
-        "concept.yaml: the class noun is missing",
         "99.png: is not a PNG image",
     ):
         assert expected in said
-    assert len(found["Bad Name"].problems) == 6
+    # A class noun that is there under a wrong key is not missing as well.
+    assert len(found["Bad Name"].problems) == 5
+    assert found["nameless"].problems == (
+        "the class noun is missing: write `class_noun: dog` into concept.yaml beside the images, "
+        "or the concept into concepts.yaml or classes.json beside the folders",
+    )
     assert found["empty"].problems == (
         "empty: has no images: add 1 to 64 photos (jpg, png or webp)",
     )

@@ -125,7 +125,7 @@ def test_a_lower_rank_is_off_by_what_is_told(adapter: Path, pair: BasePair, tmp_
     made = export_to(tmp_path / "out", adapter, "diffusers", "2")
     assert made.rank == 2 and made.error["pictures"] > 0.5
     told = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert told["error"] == made.error and told["stored_rank"] is None
+    assert told["off"] == made.error and told["stored_rank"] is None
     pipe = StableDiffusionPipeline.from_pretrained(made.base, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(tmp_path / "out"), local_files_only=True)
@@ -262,4 +262,4 @@ def test_the_command_tells_what_it_made(
     assert told["sha256"] == load_adapter(adapter).sha256 and told["folder"] == "out"
     for path, size in told["files"].items():
         assert (tmp_path / "out" / path).stat().st_size == size
-    assert 0 < told["error"]["weights"] < 1 and told["error"]["pictures"] > 0
+    assert 0 < told["off"]["weights"] < 1 and told["off"]["pictures"] > 0
