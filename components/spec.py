@@ -23,6 +23,9 @@ from model.settings import EchoSettings, LossSettings, MethodSettings, ViewSetti
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "pocket"
+MAX_PACK = 256
+AUTO_PACK = 16
+AUTO_PACK_ON_CPU = 2  # more gain little there: the cores are busy
 MAX_RANK = 1280  # no layer of Stable Diffusion 1 or 2 is wider
 
 
@@ -115,9 +118,26 @@ class AdapterSpec(_Section):
 
 
 class PackSpec(_Section):
-    """How many concepts train together on one worker group."""
+    """How many concepts train together on one worker group.
 
-    size: int = Field(default=4, ge=1, le=256)
+    `auto` plans packs of `AUTO_PACK`, of which a worker trains as many at a time as its GPU's
+    memory holds (on a CPU `AUTO_PACK_ON_CPU`), one group after the other.
+    """
+
+    size: Literal["auto"] | int = 4
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _known_size(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if value == "auto" or (number and 1 <= value <= MAX_PACK):
+            return value
+        raise ValueError(f"must be auto or a whole number from 1 to {MAX_PACK}")
+
+    @property
+    def planned(self) -> int:
+        """Give how many concepts one worker group is given."""
+        return AUTO_PACK if self.size == "auto" else self.size
 
 
 class TrackingSpec(_Section):

@@ -216,7 +216,7 @@ class _Runs:
                         self.adapters[run, one.id] = one.adapter_dir
 
     def _packs(self, run: str) -> list[Sequence[Concept]]:
-        return list(packs(self._concepts, self._runs[run].pack.size))
+        return list(packs(self._concepts, self._runs[run].pack.planned))
 
     def _find(self, run: str, pack: Sequence[Concept]) -> None:
         """Find the adapters that an earlier comparison left."""

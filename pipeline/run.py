@@ -187,7 +187,7 @@ def train_prefix(
             check_storage(spec.train.storage_path)
             batch = parent_of_training(uri, spec, registry, valid, results, force=force)
             with cluster(), batch as runner.parent:
-                for pack in packs(rest, spec.pack.size):
+                for pack in packs(rest, spec.pack.planned):
                     results |= _train(runner, pack, spec, force)
     return [results[one.id] for one in checked]
 

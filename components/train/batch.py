@@ -109,7 +109,7 @@ def plan_batch(
         uri=batch_uri(spec.train.storage_path, batch_id),
         prefix=prefix,
         spec=spec,
-        packs=tuple(packs(sorted(concepts), spec.pack.size)),
+        packs=tuple(packs(sorted(concepts), spec.pack.planned)),
         invalid=invalid,
         force=force,
         waiting=waiting,

@@ -10,14 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from components.spec import TrainSpec
+from components.spec import RunSpec, TrainSpec
+from components.train.job import steps_done
+from model.concept import StudentWeights, TeacherWeights
+from model.discriminators import DiscriminatorHeads
+from model.iteration import Frozen
+
+if TYPE_CHECKING:
+    from components.train.checkpoint import ConceptState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, torch.Tensor]
@@ -81,6 +88,36 @@ def make_engine(
     if settings.optimizer == "adamw":
         _write_moments(engine, step, state)
     return engine
+
+
+def make_engines(
+    spec: RunSpec, frozen: Frozen, states: Sequence[ConceptState]
+) -> tuple[Any, Any, Any]:
+    """Build the engines of teacher, student and heads from states of the same iteration."""
+    settings, pair = spec.train, frozen.pair
+    scale = spec.batch_size if settings.scale_lr else 1
+    learned, distilled = steps_done(spec, states[0].iteration)
+    stacked: dict[str, State] = {
+        name: stack_states([state.groups[name] for state in states]) for name in states[0].groups
+    }
+    teacher = TeacherWeights(stacked["teacher"]["kv"], stacked["teacher"]["rows"])
+    student = StudentWeights(stacked["student"]["kv"], stacked["student"].get("rows"))
+    dims = [backbone.dim for backbone in frozen.backbones]
+    heads = DiscriminatorHeads(dims, [state.concept_id for state in states], spec.seed)
+    for name, parameter in heads.named_parameters():
+        parameter.data.copy_(stacked["heads"][name])
+    teacher_rates = {"kv": settings.teacher_lr * scale, "rows": settings.token_lr * scale}
+    student_rates = {"kv": settings.student_lr * scale, "rows": settings.token_lr * scale}
+    parts: list[tuple[str, torch.nn.Module, dict[str, float], int]] = [
+        ("teacher", teacher, teacher_rates, learned),
+        ("student", student, student_rates, distilled),
+        ("heads", heads, {"": settings.head_lr}, distilled),
+    ]
+    made = [
+        make_engine(module.to(pair.device), rates, settings, step, stacked[name])
+        for name, module, rates, step in parts
+    ]
+    return made[0], made[1], made[2]
 
 
 def clip_per_concept(engine: Any, clip_norm: float) -> torch.Tensor:

@@ -19,13 +19,11 @@ from components.spec import RunSpec
 from components.train import ranks
 from components.train.checkpoint import ConceptState
 from components.train.engines import (
-    State,
     clip_per_concept,
     concept_slice,
     free,
-    make_engine,
+    make_engines,
     read_state,
-    stack_states,
 )
 from components.train.graphs import Record, RecordedItems, cuda_graphs
 from components.train.job import (
@@ -33,16 +31,14 @@ from components.train.job import (
     is_picture_time,
     main_iterations,
     next_boundary,
-    steps_done,
     taking_part,
     total_iterations,
 )
 from components.train.members import Member, echo_of, go_on
-from components.train.memory import is_out_of_memory, release
-from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses
+from components.train.memory import is_out_of_memory, measured_pack, release
+from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses, mark_broken
 from model.acceleration import uncompiled
 from model.batch import Batch, ConceptData, draw_batch
-from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
 from model.echo import echo_round
 from model.iteration import (
@@ -94,7 +90,7 @@ def train_members(run: Run) -> None:
     Members that do not fit into memory together are trained in halves, one after the other; every
     half goes on from its members' last states.
     """
-    total, at_once = total_iterations(run.spec), len(run.members)
+    total, at_once = total_iterations(run.spec), _at_once(run)
     while True:
         waiting = [
             (member, member.state.iteration)
@@ -117,6 +113,29 @@ def train_members(run: Run) -> None:
             else:
                 together[0].error = OUT_OF_MEMORY
                 run.watcher.failed(together[0])
+
+
+def _at_once(run: Run) -> int:
+    """Tell how many members to train together: all, or as `pack.size: auto` finds it."""
+    if run.spec.pack.size != "auto":
+        return len(run.members)
+    ready = [m for m in run.members if m.error is None and m.state is not None]
+    device = run.frozen.pair.device
+    found = measured_pack(len(ready), device, lambda n: _try(run, ready[:n]))
+    return min(ranks.gathered(found))
+
+
+def _try(run: Run, members: list[Member]) -> None:
+    """Do an iteration of some members, as if all stood where the first one does; forget it."""
+    train = run.spec.train.model_copy(update={"cuda_graphs": False})
+    spec = run.spec.model_copy(update={"train": train})
+    segment = Segment(replace(run, spec=spec, ahead=False), members)
+    try:
+        with uncompiled(train.compile):
+            segment.iterate(members[0].state.iteration if members[0].state else 0)
+    finally:
+        segment.free()
+        release(run.frozen.pair.device)
 
 
 def _fits(run: Run, together: list[Member], start: int, stop: int) -> bool:
@@ -159,7 +178,7 @@ class Segment:
                 with uncompiled(run.spec.train.compile):
                     member.data = with_bank(run.frozen, member.data, run.spec.seed, run.spec.views)
         states = [member.state for member in members if member.state is not None]
-        self.teacher, self.student, self.heads = _engines(run, states)
+        self.teacher, self.student, self.heads = make_engines(run.spec, run.frozen, states)
         self._recorded = _recorded(run, self.heads.module)
 
     def train(self, start: int, stop: int) -> None:
@@ -172,7 +191,7 @@ class Segment:
             block = self._block(iteration, end)
             iteration = end
             watcher.block(self.members, block)
-            for member in _broken(self.members, block):
+            for member in mark_broken(self.members, block):
                 alive = False
                 watcher.failed(member)
             if alive and is_picture_time(self.run.spec, iteration):
@@ -183,6 +202,10 @@ class Segment:
                 self._update_states(iteration, block)
             if due:
                 watcher.checkpoint()
+
+    def iterate(self, iteration: int) -> dict[str, torch.Tensor]:
+        """Do one iteration, of which the members' states learn nothing."""
+        return self._iterate(iteration, self._batches(iteration))
 
     def free(self) -> None:
         """Take the engines down."""
@@ -377,50 +400,6 @@ def _recorded(run: Run, heads: DiscriminatorHeads) -> RecordedItems | None:
     return None if record is None else RecordedItems(run.frozen, heads, run.spec.loss, record)
 
 
-def _engines(run: Run, states: list[ConceptState]) -> tuple[Any, Any, Any]:
-    """Build the three engines from the states of members that stand at the same iteration."""
-    settings, pair = run.spec.train, run.frozen.pair
-    scale = run.spec.batch_size if settings.scale_lr else 1
-    learned, distilled = steps_done(run.spec, states[0].iteration)
-    stacked: dict[str, State] = {
-        name: stack_states([state.groups[name] for state in states]) for name in states[0].groups
-    }
-    teacher = TeacherWeights(stacked["teacher"]["kv"], stacked["teacher"]["rows"])
-    student = StudentWeights(stacked["student"]["kv"], stacked["student"].get("rows"))
-    dims = [backbone.dim for backbone in run.frozen.backbones]
-    heads = DiscriminatorHeads(dims, [state.concept_id for state in states], run.spec.seed)
-    for name, parameter in heads.named_parameters():
-        parameter.data.copy_(stacked["heads"][name])
-    teacher_rates = {"kv": settings.teacher_lr * scale, "rows": settings.token_lr * scale}
-    student_rates = {"kv": settings.student_lr * scale, "rows": settings.token_lr * scale}
-    parts: list[tuple[str, torch.nn.Module, dict[str, float], int]] = [
-        ("teacher", teacher, teacher_rates, learned),
-        ("student", student, student_rates, distilled),
-        ("heads", heads, {"": settings.head_lr}, distilled),
-    ]
-    made = [
-        make_engine(module.to(pair.device), rates, settings, step, stacked[name])
-        for name, module, rates, step in parts
-    ]
-    return made[0], made[1], made[2]
-
-
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
     """Average the passes' losses [N]."""
     return values[0] if len(values) == 1 else torch.stack(values).mean(0)
-
-
-def _broken(members: list[Member], block: Block) -> list[Member]:
-    """Find and mark the members that had a value that is not finite."""
-    broken = []
-    for n, member in enumerate(members):
-        wrong = (~block.values[:, :, n].isfinite()).nonzero()
-        if member.error is None and len(wrong):
-            t, k = wrong[0].tolist()
-            kept = member.state.iteration if member.state else 0
-            member.error = (
-                f"{block.names[k]} was not finite at iteration {block.first + t}: lower the "
-                f"learning rates or the loss weights (its state of iteration {kept} is kept)"
-            )
-            broken.append(member)
-    return broken

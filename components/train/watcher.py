@@ -65,3 +65,19 @@ def block_losses(block: Block, n: int) -> dict[str, float]:
     """Give the means of member n's losses over a block, by name."""
     means = zip(block.names, block.values[:, :, n].mean(0).tolist(), strict=True)
     return {name.removeprefix(LOSS): mean for name, mean in means if name.startswith(LOSS)}
+
+
+def mark_broken(members: list[Member], block: Block) -> list[Member]:
+    """Find and mark the members that had a value that is not finite."""
+    broken = []
+    for n, member in enumerate(members):
+        wrong = (~block.values[:, :, n].isfinite()).nonzero()
+        if member.error is None and len(wrong):
+            t, k = wrong[0].tolist()
+            kept = member.state.iteration if member.state else 0
+            member.error = (
+                f"{block.names[k]} was not finite at iteration {block.first + t}: lower the "
+                f"learning rates or the loss weights (its state of iteration {kept} is kept)"
+            )
+            broken.append(member)
+    return broken
