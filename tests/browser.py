@@ -162,7 +162,7 @@ LARGEST = 60_000  # bytes of a photograph
 async def photograph_page(port: int, url: str) -> bytes:
     """The endpoint's page with a picture on it, as a WebP file of at most `LARGEST` bytes."""
     async with opened(port, url) as page:
-        await page.screen(1100, 760)
+        await page.screen(1100, 1060)
         await page.until("document.querySelector('#picture').naturalWidth > 0")
         shown = [image async for image in _ever_smaller(page)]
     return shown[-1]
