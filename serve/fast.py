@@ -22,6 +22,7 @@ from model.errors import InputError
 
 log = logging.getLogger("echodistill.serve")
 Speed = Literal["eager", "graphs", "compile"]
+_SHAPES = 64  # that one network may be compiled for
 _WARM_UPS = 3  # calls before a capture: kernels are chosen and workspaces made in them
 
 
@@ -66,8 +67,13 @@ def with_tiny_decoder(pair: BasePair, folder: Path) -> BasePair:
 
 
 def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:
-    compiled = torch.compile(function, dynamic=False) if speed == "compile" else function
-    return Captured(compiled, function)
+    if speed != "compile":
+        return Captured(function, function)
+    import torch._dynamo  # takes seconds
+
+    # Once for every padded size; over its own limit torch would run eagerly, and say so nowhere.
+    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    return Captured(torch.compile(function, dynamic=False), function)
 
 
 def _denoiser(unet: Any) -> Callable[..., torch.Tensor]:
@@ -99,6 +105,7 @@ class Captured:
         self._function = function
         self._plain = plain
         self._graphs: dict[tuple[Any, ...], _Graph | None] = {}
+        self._pool: Any = None
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -116,7 +123,9 @@ class Captured:
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
         try:
-            return _Graph.of(self._function, inputs)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            return _Graph.of(self._function, inputs, self._pool)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             if self._function is not self._plain:
@@ -136,7 +145,9 @@ class _Graph:
     output: torch.Tensor
 
     @classmethod
-    def of(cls, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> _Graph:
+    def of(
+        cls, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], pool: Any
+    ) -> _Graph:
         held = tuple(each.clone() for each in inputs)
         # Warm-ups belong on another stream, as torch's notes on CUDA graphs say.
         stream = torch.cuda.Stream()
@@ -148,7 +159,9 @@ class _Graph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may copy adapters to the device meanwhile: that is no part of this graph.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # The graphs of all sizes work in the same memory: they run one after the other, and what
+        # one gives is copied out at once.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = function(*held)
         return cls(graph, held, output)
 
