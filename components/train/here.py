@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, concept_digest
+from components.register.connection import hide_password
 from components.register.registry import find_version_by_digest
 from components.register.took import already_note
 from components.spec import spec_digest
@@ -26,7 +28,13 @@ from components.train.handover import TO_REGISTER, hand_over
 from components.train.job import TrainedConcept
 from components.train.pack import train_pack
 from components.train.progress import TrainEvent
-from components.train.state import BatchStatus, BatchView, ConceptState, write_states
+from components.train.state import (
+    FOUND,
+    BatchStatus,
+    BatchView,
+    ConceptState,
+    write_states,
+)
 from model.errors import EchoDistillError
 
 _LINE_SECONDS = 10.0
@@ -72,9 +80,13 @@ def _without_registered(
 ) -> set[str]:
     """Return the concepts that the registry does not have; the others' states are written."""
     own, hashed = spec_digest(batch.spec), base_hash(batch.spec)
+    concepts = [one for pack in _packs(batch) for one in pack]
+    digests = {one.id: concept_digest(one, own, hashed) for one in concepts}
+    found = {"digests": digests, "already": {}, "registry": hide_password(registry)}
+    documents.write(store.join(batch.uri, FOUND), found)
     known = []
-    for concept in (one for pack in _packs(batch) for one in pack if one.id in left):
-        digest = concept_digest(concept, own, hashed)
+    for concept in (one for one in concepts if one.id in left):
+        digest = digests[concept.id]
         version = find_version_by_digest(concept.id, digest, tracking_uri=registry)
         if version is not None:
             note = already_note(version)
