@@ -184,7 +184,7 @@ def human(export: Exported, folder: str) -> Sequence[str]:
         lines.append(
             f"the adapter itself was stored in rank {export.stored_rank}, whose pictures differ "
             f"from the whole one's by {export.stored_error['pictures']:.2f} levels at most "
-            f"(weights by {export.stored_error['weights']:.0%}); adapter.max_picture_error bounds it"
+            f"(weights by {export.stored_error['weights']:.0%}): adapter.max_picture_error"
         )
     if export.format == "comfyui" and export.base.startswith("pocket:"):
         lines.append(

@@ -120,6 +120,11 @@ def test_a_batch_with_broken_folders(
     again = run(*words, *there, "--wait", cwd=tmp_path)
     assert again.code == 1 and again.document["counts"] == {"already": 2, "invalid": 3}
     assert again.document["batch"] != done.document["batch"]
+    # The last one is meant where none is named, and there is nothing to try again.
+    nothing = run("retry", "--failed", *there, "--json", cwd=tmp_path)
+    assert nothing.code == 1 and nothing.document["batch"] == again.document["batch"]
+    assert "nothing is left to do" in nothing.stderr
+    assert nothing.document["job"] == again.document["job"]
     picture = run("generate", "my-dog", "a dog on the beach", "--json", cwd=tmp_path)
     assert picture.code == 0 and picture.document["sha256"] == found["my-dog"]["sha256"]
 
@@ -148,6 +153,7 @@ def test_cancelled_killed_and_gone_on(
     retried = run("retry", batch, *there, "--json", cwd=tmp_path)
     assert retried.code == 0, retried.stderr
     assert retried.document["job"] != begun.document["job"]
+    assert retried.document["state"] in ("queued", "running")
     wait_for(
         lambda found: found["state"] == "running" and by_id(found)["my-dog"]["iteration"] > reached,
         batch,
