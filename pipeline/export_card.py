@@ -181,10 +181,11 @@ def human(export: Exported, folder: str) -> Sequence[str]:
         f"{export.error['pictures']:.2f} of 255 levels",
     ]
     if export.stored_error is not None:
+        off = export.stored_error
         lines.append(
-            f"the adapter itself was stored in rank {export.stored_rank}, whose pictures differ "
-            f"from the whole one's by {export.stored_error['pictures']:.2f} levels at most "
-            f"(weights by {export.stored_error['weights']:.0%}): adapter.max_picture_error"
+            f"the adapter itself was stored in rank {export.stored_rank}: its pictures differ from "
+            f"the whole one's by {off['pictures']:.2f} levels at most, which "
+            f"adapter.max_picture_error bounds, its weights by {off['weights']:.0%}"
         )
     if export.format == "comfyui" and export.base.startswith("pocket:"):
         lines.append(

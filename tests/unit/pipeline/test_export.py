@@ -148,7 +148,7 @@ def test_auto_keeps_the_bound_and_the_rank_that_is_stored(
         stored = export_to(tmp_path / f"stored-{rank}", small, "diffusers", rank)
         assert (stored.rank, stored.error) == (4, {"weights": 0.0, "pictures": 0.0})
         assert stored.stored_rank == 4 and stored.stored_error["weights"] > 0
-        assert "of rank 4" in human(stored, "out")[-1]
+        assert "stored in rank 4" in human(stored, "out")[-1]
     assert export_to(tmp_path / "two", small, "diffusers", "2").error["weights"] > 0
 
 
