@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -44,11 +45,13 @@ def running_browser() -> Iterator[int]:
         try:
             assert process.stderr is not None
             for line in process.stderr:
-                if line.startswith("DevTools listening on"):
+                # The file that says it too is written a moment later.
+                found = re.match(r"DevTools listening on ws://127\.0\.0\.1:(\d+)/", line)
+                if found:
                     break
             else:
                 raise AssertionError("the browser did not start")
-            yield int((Path(profile) / "DevToolsActivePort").read_text().splitlines()[0])
+            yield int(found[1])
         finally:
             process.terminate()
             process.wait(20)

@@ -15,7 +15,7 @@ from tests.chaos.checks import problems
 def test_a_batch_under_faults_ends_as_if_nothing_had_happened(
     tmp_path: Path, mlflow_server: str
 ) -> None:
-    plan = Plan(concepts=3, faults=len(KINDS), pack=3, iterations=80)
+    plan = Plan(concepts=3, faults=len(KINDS), pack=3, iterations=60)
     report = chaos(plan, tmp_path, mlflow_server, lambda line: print(line, flush=True))
     print(table(report))
     assert {each.kind for each in report.happened} == set(KINDS)

@@ -54,7 +54,7 @@ def test_low_rank_versions_are_drawn_and_exported_as_registered(
     found = to(tmp_path / "out", "tiny-dog@candidate")
     assert isinstance(found, dict)
     assert (found["version"], found["sha256"], found["rank"]) == ("1", sha256, 4)
-    assert found["error"] == {"weights": 0.0, "pictures": 0.0}
+    assert found["off"] == {"weights": 0.0, "pictures": 0.0}
     with pytest.raises(InputError, match="no version 9"):
         to(tmp_path / "none", "tiny-dog@9")
     assert not (tmp_path / "none").exists()

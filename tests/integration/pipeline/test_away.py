@@ -36,7 +36,7 @@ def test_what_is_trained_while_mlflow_is_away_is_registered_later_and_not_traine
     prefix = s3_bucket.upload_folder(concepts, "photos")
     faults, events = Faults(only=everything), list[Event]()
     # Blocks of two iterations, each with a checkpoint.
-    sets = ("train.iterations=40", "train.checkpoint_seconds=0", "tracking.log_every=2")
+    sets = ("train.iterations=20", "train.checkpoint_seconds=0", "tracking.log_every=2")
     with faulty_proxy(mlflow_server, faults) as proxy:
         batch = planned(prefix, tiny_base, tmp_path, *sets, f"tracking.uri={proxy}")
         stop = threading.Event()
@@ -58,7 +58,7 @@ def test_what_is_trained_while_mlflow_is_away_is_registered_later_and_not_traine
         faults.away.clear()
         found = drive(batch.uri, events.append, threading.Event(), **QUICK)
         assert states(found) == {"my-dog": "trained", "my-robot": "trained"}, found
-        assert all(one.good and one.iteration == 40 for one in found.values())
+        assert all(one.good and one.iteration == 20 for one in found.values())
     assert written(s3_bucket) == runs, "it was only registered"
 
     # MLflow has been told what it missed.
@@ -69,7 +69,7 @@ def test_what_is_trained_while_mlflow_is_away_is_registered_later_and_not_traine
         run = client.get_run(version.run_id)
         assert run.info.status == "FINISHED" and run.data.params["concept_digest"]
         history = client.get_metric_history(version.run_id, "loss/rec")
-        assert sorted(point.step for point in history) == list(range(1, 41))
+        assert sorted(point.step for point in history) == list(range(1, 21))
         assert "adapter" in {file.path for file in client.list_artifacts(version.run_id)}
 
 
