@@ -1,4 +1,4 @@
-"""A real `mlflow server` as a process, for tests."""
+"""Real servers as processes, for tests: `mlflow server`, and moto's S3."""
 
 from __future__ import annotations
 
@@ -29,20 +29,35 @@ def mlflow_process(database: Path, folder: Path) -> Iterator[str]:
             command, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
-        yield _url_in(log, process)
+        yield _url_in(log, process, r"running on (http://127\.0\.0\.1:[1-9]\d*)", "/health")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)
 
 
-def _url_in(log: Path, process: subprocess.Popen[bytes]) -> str:
+@contextmanager
+def moto_process(folder: Path) -> Iterator[str]:
+    """Yields the URL of an S3 server in a process of its own; the log goes to `folder`."""
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        yield _url_in(log, process, r"(http://127\.0\.0\.1:[1-9]\d*)", "/moto-api/")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _url_in(log: Path, process: subprocess.Popen[bytes], words: str, health: str) -> str:
+    """Wait until a server has written its URL to its log, and answers there."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        found = re.search(r"running on (http://127\.0\.0\.1:[1-9]\d*)", log.read_text())
+        found = re.search(words, log.read_text())
         if found:
             try:
-                if requests.get(f"{found[1]}/health", timeout=2).ok:
+                if requests.get(f"{found[1]}{health}", timeout=2).ok:
                     return found[1]
             except requests.ConnectionError:
                 pass

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, concept_digest
 from components.register.connection import hide_password
-from components.register.registry import find_version_by_digest
+from components.register.registry import find_versions
 from components.register.took import already_note
 from components.spec import spec_digest
 from components.steps import Say, registry_of
@@ -56,10 +56,11 @@ def drive_here(batch_uri: str, say: Say) -> BatchStatus:
     registry = registry_of(batch)
     lease = Lease(batch_uri, "pipeline")
     try:
-        rest = _without_registered(batch, left, registry, say)
-        packs = [[one for one in pack if one.id in rest] for pack in _packs(batch)]
+        concepts = load_concepts(batch)
+        rest = _without_registered(batch, concepts, left, registry, say)
         with _ray():
-            for number, pack in enumerate(packs):
+            for number, ids in enumerate(batch.packs):
+                pack = [concepts[name] for name in ids if name in rest]
                 if pack:
                     _train(batch, number, pack, registry, say)
     except BaseException as error:
@@ -70,36 +71,32 @@ def drive_here(batch_uri: str, say: Say) -> BatchStatus:
     return view.read()
 
 
-def _packs(batch: Batch) -> list[list[Concept]]:
-    concepts = load_concepts(batch)
-    return [[concepts[name] for name in ids] for ids in batch.packs]
-
-
 def _without_registered(
-    batch: Batch, left: dict[str, ConceptState], registry: str, say: Say
+    batch: Batch,
+    concepts: Mapping[str, Concept],
+    left: Mapping[str, ConceptState],
+    registry: str,
+    say: Say,
 ) -> set[str]:
     """Return the concepts that the registry does not have; the others' states are written."""
     own, hashed = spec_digest(batch.spec), base_hash(batch.spec)
-    concepts = [one for pack in _packs(batch) for one in pack]
-    digests = {one.id: concept_digest(one, own, hashed) for one in concepts}
+    digests = {name: concept_digest(one, own, hashed) for name, one in concepts.items()}
     found = {"digests": digests, "already": {}, "registry": hide_password(registry)}
     documents.write(store.join(batch.uri, FOUND), found)
+    wanted = {name: digests[name] for name in left if name in digests}
     known = []
-    for concept in (one for one in concepts if one.id in left):
-        digest = digests[concept.id]
-        version = find_version_by_digest(concept.id, digest, tracking_uri=registry)
-        if version is not None:
-            note = already_note(version)
-            say(f"{concept.id}: not again: {note}")
-            state = ConceptState(
-                concept.id,
-                "already",
-                version=str(version.version),
-                sha256=version.sha256,
-                run_id=version.run_id,
-                note=note,
-            )
-            known.append(state)
+    for name, (version, _) in find_versions(wanted, own, tracking_uri=registry).items():
+        note = already_note(version)
+        say(f"{name}: not again: {note}")
+        state = ConceptState(
+            name,
+            "already",
+            version=str(version.version),
+            sha256=version.sha256,
+            run_id=version.run_id,
+            note=note,
+        )
+        known.append(state)
     write_states(batch, known)
     return set(left) - {one.id for one in known}
 

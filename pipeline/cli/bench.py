@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.bench_serve import serve
+from pipeline.cli.bench_serve import numbers_of, serve, writer
 from pipeline.cli.options import Debug, Json, Sets
 from pipeline.cli.output import Output
 
@@ -76,7 +75,7 @@ def train(
     settings = BenchSettings(
         base=base,
         device=device,
-        packs=_sizes(packs),
+        packs=numbers_of("--packs", packs, "sizes", "1,2,4"),
         iterations=iterations,
         warmup=warmup,
         precision=precision,
@@ -85,11 +84,7 @@ def train(
         profile=profile,
     )
 
-    def write(document: dict[str, Any]) -> None:
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json_format.dumps(document, indent=2) + "\n")
-
+    write = writer(out)
     with output.noise_to(Path("runs/logs/bench.txt")):
         document = bench_train(settings, output, write)
 
@@ -101,22 +96,3 @@ def train(
 
     output.finish(document, human)
     raise typer.Exit(0 if document["check"]["passed"] else 1)
-
-
-def _sizes(text: str | None) -> tuple[int, ...] | None:
-    """Read `1,2,4`.
-
-    Raises:
-        InputError: for anything else.
-    """
-    from model.errors import InputError
-
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or not all(1 <= size <= 256 for size in sizes):
-        raise InputError(f"--packs {text!r} must be sizes from 1 to 256, like 1,2,4")
-    return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,8 +76,8 @@ def serve(
         base=base,
         device=device,
         concepts=concepts,
-        batches=_numbers("--batches", batches),
-        clients=_numbers("--clients", clients) or (),
+        batches=numbers_of("--batches", batches),
+        clients=numbers_of("--clients", clients) or (),
         dtype=dtype,
         speeds=None if speeds is None else tuple(speeds.split(",")),
         channels_last=channels_last,
@@ -85,11 +86,7 @@ def serve(
         seconds=seconds,
     )
 
-    def write(document: dict[str, Any]) -> None:
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json_format.dumps(document, indent=2) + "\n")
-
+    write = writer(out)
     with output.noise_to(Path("runs/logs/bench.txt")):
         document = bench_serve(settings, output, write)
         if settings.clients:
@@ -107,7 +104,20 @@ def serve(
     raise typer.Exit(0 if document["check"]["passed"] else 1)
 
 
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+def writer(out: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Return what writes a document to a file as it grows; nowhere without one."""
+
+    def write(document: dict[str, Any]) -> None:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json_format.dumps(document, indent=2) + "\n")
+
+    return write
+
+
+def numbers_of(
+    option: str, text: str | None, what: str = "numbers", such_as: str = "1,8,32"
+) -> tuple[int, ...] | None:
     """Read `1,8,32`.
 
     Raises:
@@ -122,5 +132,5 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         numbers = ()
     if not numbers or not all(1 <= number <= 256 for number in numbers):
-        raise InputError(f"{option} {text!r} must be numbers from 1 to 256, like 1,8,32")
+        raise InputError(f"{option} {text!r} must be {what} from 1 to 256, like {such_as}")
     return numbers

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from botocore.config import Config
 from components.ingest import documents, s3, store
 from model.errors import InputError
 from tests.conftest import AWS_NAMES
+from tests.services import moto_process
 
 POLICY = {
     "Version": "2012-10-17",
@@ -30,26 +27,8 @@ POLICY = {
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server in a process of its own: whether it checks is said once for all its requests."""
-    log = tmp_path_factory.mktemp("strict") / "log.txt"
-    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        yield _url_in(log, process)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _url_in(log: Path, process: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", log.read_text())
-        if found:
-            return found[0]
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+    with moto_process(tmp_path_factory.mktemp("strict")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from model.errors import InputError
 from pipeline.bench import BenchSettings, _next_size, bench_train
 from pipeline.bench_bases import MINI, bench_spec, build_frozen
 from pipeline.bench_measure import Parts, count_flops, summary
-from pipeline.cli.bench import _sizes
+from pipeline.cli.bench_serve import numbers_of
 
 CPU = torch.device("cpu")
 
@@ -101,6 +101,7 @@ def test_wrong_settings_are_refused_before_anything_starts(
 
 @pytest.mark.parametrize("packs", ["0", "1,x", "300", ""])
 def test_wrong_pack_sizes_are_refused(packs: str) -> None:
-    assert _sizes("1,2,16") == (1, 2, 16)
+    words = ("sizes", "1,2,4")
+    assert numbers_of("--packs", "1,2,16", *words) == (1, 2, 16)
     with pytest.raises(InputError, match="1,2,4"):
-        _sizes(packs)
+        numbers_of("--packs", packs, *words)
