@@ -82,13 +82,20 @@ def services_died() -> bool:
 
 
 def _inside(folder: Path) -> list[psutil.Process]:
-    """The processes that carry a folder's name, those whose parent died too."""
+    """The processes that carry a folder's name, those whose parent died too.
+
+    A process that gives itself a title may write over its environment, as Ray's agents do; those
+    are known by the files that they hold open.
+    """
     import psutil
 
-    found = []
+    found, real = [], folder.resolve()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get("TMPDIR") == str(folder):
+            if process.pid != os.getpid() and (
+                process.environ().get("TMPDIR") == str(folder)
+                or any(Path(file.path).is_relative_to(real) for file in process.open_files())
+            ):
                 found.append(process)
     return found
 

@@ -6,16 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from components.ingest.concept_folder import Concept
 from components.ingest.store import resolve_model
-from components.spec import RunSpec
-from components.train.export import export_adapters
-from components.train.job import BasePaths, PackJob
-from components.train.loop import Run, train_members
-from components.train.members import load_members
-from components.train.worker import load_frozen
+from components.spec import RunSpec, with_settings
+from components.train.alone import train_alone
 from model.adapter import load_adapter
 from model.base_pair import load_base_pair
 from model.concept import initial_row
@@ -23,13 +17,11 @@ from model.concept import initial_row
 
 def train_undisturbed(spec: RunSpec, packs: Sequence[Sequence[Concept]], out: str) -> None:
     """Train packs on this rank; the adapter folders are `<out>/<concept id>`."""
-    bases = BasePaths.from_spec(spec)
-    frozen = load_frozen(bases, torch.float32, torch.device("cpu"), spec.resolution)
+    here = with_settings(spec, [f'train.storage_path="{out}/runs"'])
     for pack in packs:
-        job = PackJob(spec, tuple(pack), bases, "undisturbed", None)
-        run = Run(spec, frozen, load_members(job, frozen, None))
-        train_members(run)
-        export_adapters(run, bases, Path(out))
+        for made in train_alone(here, pack):
+            assert made.adapter_dir is not None, made.error
+            made.adapter_dir.rename(Path(out) / made.id)
 
 
 def differences(
