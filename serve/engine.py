@@ -31,6 +31,9 @@ PROOF_SEED = 0
 PROOF_TOLERANCE = 2
 # Padding costs a fifth at most, but for batches of three, and so few sizes are soon captured.
 BATCH_SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+# A CPU draws a picture of a larger forward more slowly, for what lies between its layers no longer
+# fits into its caches.
+LARGEST = {"cpu": 8}
 # Prompts are encoded so many at a time, always: their keys and values are kept, and must not depend
 # on what else was new. A GPU encodes eight in the time of one.
 TEXT_BATCH = {"cpu": 1, "cuda": 8}
@@ -72,7 +75,8 @@ class Engine:
         pair: the loaded base pair, perhaps made fast (`serve.fast`).
         keys_values_bytes: budget for keys and values that are kept, on the pair's device.
         device_bytes: budget for adapters on a GPU; on a CPU they are there already.
-        batch_sizes: sizes that a forward may have; the largest bounds it.
+        batch_sizes: sizes that a forward may have; the largest bounds it. None leaves the choice
+            to the device.
         clock: seconds that only grow.
     """
 
@@ -82,11 +86,14 @@ class Engine:
         *,
         keys_values_bytes: int = 2**30,
         device_bytes: int = 4 * 2**30,
-        batch_sizes: Sequence[int] = BATCH_SIZES,
+        batch_sizes: Sequence[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pair = pair
         self.prompt_tokens = int(pair.tokenizer.model_max_length) - 2  # without start and end
+        if batch_sizes is None:
+            largest = LARGEST.get(pair.device.type, BATCH_SIZES[-1])
+            batch_sizes = [size for size in BATCH_SIZES if size <= largest]
         self.batch_sizes = tuple(sorted(batch_sizes))
         self.keys_values_hits = 0
         self.keys_values_misses = 0

@@ -133,6 +133,8 @@ def test_forwards_are_of_one_step_count_and_a_padded_size(tiny_pair: BasePair) -
     assert engine.forwards([1]) == [([0], 2)]
     assert engine.forwards([1, 4, 1, 1, 4]) == [([0, 2, 3], 4), ([1, 4], 2)]
     assert engine.forwards([1] * 5) == [([0, 1, 2, 3], 4), ([4], 2)]
+    on_cpu = [size for _, size in Engine(tiny_pair).forwards([1] * 19)]
+    assert on_cpu == [8, 8, 4]
 
 
 def test_where_there_is_no_gpu_a_fast_pair_draws_the_same(
