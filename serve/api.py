@@ -202,6 +202,13 @@ def parse_model(name: str | None, base: str) -> ModelRef:
     return ModelRef(concept, pointer)
 
 
+def no_version(ref: ModelRef) -> ApiError:
+    """404 for a concept's version that is not there, or that the key may not know of."""
+    if ref.pointer == CHAMPION:
+        return unknown_model(str(ref.concept), "no concept of this name has a champion")
+    return unknown_model(f"{ref.concept}@{ref.pointer}", "no such version is registered")
+
+
 def unknown_model(name: str, why: str) -> ApiError:
     """404 in OpenAI's words."""
     message = f"The model '{printable(name)}' does not exist: {why}."

@@ -32,6 +32,7 @@ from serve.api import (
     ImageResponse,
     ModelList,
     busy,
+    no_version,
     parse_model,
     unknown_model,
     validation_error,
@@ -40,7 +41,7 @@ from serve.auth import ApiKeys
 from serve.guard import App, Guard, error_response, our_fault
 from serve.limits import Allowance, Limits
 from serve.metrics import CONTENT_TYPE_LATEST, Metrics
-from serve.orders import Order, Painted, PainterClient
+from serve.orders import Order, Painted, PainterClient, Shown
 from serve.page import add_page
 from serve.settings import ServeSettings
 from serve.traces import open_tracer, trace_answer
@@ -157,8 +158,7 @@ def _add_images(
         wanted = parse_model(order.model, settings.base)
         if wanted.concept is not None and not limits.allow(wanted.concept):
             # As if it were not there: who may not use a concept need not learn of it.
-            name = f"{wanted.concept}@{wanted.pointer}"
-            raise unknown_model(name, "no such version is registered")
+            raise no_version(wanted)
         allowance.take(facts.get("key") or "", limits, order.n)
         facts.update(
             n=order.n, steps=order.steps, seed=order.seed, output_format=order.output_format
@@ -197,17 +197,10 @@ def _add_lists(app: FastAPI, painter: PainterClient, keys: ApiKeys) -> None:
         after: Annotated[str | None, Query(max_length=160)] = None,
     ) -> ModelList:
         """The base, and every concept that has a champion, by id; in pages."""
-        cards = await painter.models()
-        if isinstance(cards, ApiError):
-            raise cards
-        limits = _limits(request, keys)
-        base, *concepts = cards
-        open_to_key = [card for card in concepts if limits.allow(card.id)]
-        if after is None:
-            open_to_key.insert(0, base)
-        elif after != base.id:
-            open_to_key = [card for card in open_to_key if card.id > after]
-        return ModelList(data=open_to_key[:limit], has_more=len(open_to_key) > limit)
+        page = await painter.models(Shown(_limits(request, keys), limit, after))
+        if isinstance(page, ApiError):
+            raise page
+        return page
 
     @app.get("/v1/concepts/{concept_id}")
     async def show_concept(concept_id: str, request: Request) -> ConceptCard:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve.api import ApiError, ConceptCard, ModelCard, OutputFormat
+from serve.api import ApiError, ConceptCard, ModelList, OutputFormat
+from serve.limits import Limits
 from serve.registry import Pinned
 
 
@@ -20,6 +21,15 @@ class Order:
     steps: int
     size: str | None
     output_format: OutputFormat
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which models to list: at most `limit` after an id, of those that a key may know of."""
+
+    limits: Limits
+    limit: int
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class PainterClient(Protocol):
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
 
-    async def models(self) -> list[ModelCard] | ApiError:
-        """What can be asked for."""
+    async def models(self, shown: Shown) -> ModelList | ApiError:
+        """A page of what can be asked for."""
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         """What there is to know of a concept."""

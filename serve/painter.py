@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,17 +26,19 @@ from serve.api import (
     ApiError,
     ConceptCard,
     ModelCard,
+    ModelList,
     ModelRef,
     OutputFormat,
     VersionCard,
     busy,
+    no_version,
     parse_model,
     server_error,
     unknown_model,
 )
 from serve.cutover import CutOver
 from serve.engine import Engine, PictureRequest
-from serve.orders import Order, Painted
+from serve.orders import Order, Painted, Shown
 from serve.pictures import encode_picture
 from serve.pointers import Pointers
 from serve.registry import BadVersionError, Pinned
@@ -125,17 +128,24 @@ class Painter:
         """The pictures of an order, or why there are none."""
         return await _or_refusal(self._paint(order))
 
-    async def models(self) -> list[ModelCard] | ApiError:
-        """The base, then every concept with a champion."""
-        # The base was not made at a time that matters: 0, as it has no history here.
-        cards = [ModelCard(id=self._base, created=0, owned_by=OWNER)]
+    async def models(self, shown: Shown) -> ModelList | ApiError:
+        """A page of the base and every concept with a champion that the key may know of."""
         listed = await _or_refusal(self._in_loader(self._pointers.concepts))
         if isinstance(listed, ApiError):
             return listed
-        for item in listed:
+        cards = []
+        if shown.after is None:
+            # The base was not made at a time that matters: 0, as it has no history here.
+            cards.append(ModelCard(id=self._base, created=0, owned_by=OWNER))
+        after = "" if shown.after in (None, self._base) else shown.after
+        for item in listed[bisect_right(listed, after, key=lambda each: each.concept) :]:
+            if not shown.limits.allow(item.concept):
+                continue
             if item.concept == self._base or not CONCEPT_ID.fullmatch(item.concept):
                 log.warning("registered concept '%s' cannot be served: its name", item.concept)
                 continue
+            if len(cards) == shown.limit:
+                return ModelList(data=cards, has_more=True)
             cards.append(
                 ModelCard(
                     id=item.concept,
@@ -144,7 +154,7 @@ class Painter:
                     version=item.champion,
                 )
             )
-        return cards
+        return ModelList(data=cards)
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         """What there is to know of a concept, or why there is nothing."""
@@ -276,7 +286,7 @@ class Painter:
         if pinned is None:
             pinned = await self._in_loader(self._pointers.resolve, concept, pointer)
         if pinned is None:
-            raise unknown_model(f"{concept}@{pointer}", "no such version is registered")
+            raise no_version(ref)
         adapter = self._store.warm(pinned)
         level = "memory"
         if adapter is None:

@@ -8,8 +8,8 @@ from typing import Any
 import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.api import ApiError, ConceptCard, ModelCard, busy
-from serve.orders import Order, Painted
+from serve.api import ApiError, ConceptCard, ModelList, busy
+from serve.orders import Order, Painted, Shown
 
 
 class RemotePainter:
@@ -22,9 +22,9 @@ class RemotePainter:
         """The pictures of an order, or why there are none."""
         return await self._call("paint", order)
 
-    async def models(self) -> list[ModelCard] | ApiError:
-        """What can be asked for."""
-        return await self._call("models")
+    async def models(self, shown: Shown) -> ModelList | ApiError:
+        """A page of what can be asked for."""
+        return await self._call("models", shown)
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         """What there is to know of a concept."""

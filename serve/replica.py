@@ -15,10 +15,10 @@ from ray import serve as ray_serve
 
 from model.base_pair import BasePair, load_base_pair
 from model.errors import ServiceError
-from serve.api import ApiError, ConceptCard, ModelCard
+from serve.api import ApiError, ConceptCard, ModelList
 from serve.engine import DrawError, Engine, PictureRequest
 from serve.fast import quicken, with_tiny_decoder
-from serve.orders import Order, Painted
+from serve.orders import Order, Painted, Shown
 from serve.painter import Drawn, Painter
 from serve.pointers import Pointers
 from serve.registry import Registry
@@ -96,9 +96,9 @@ class PainterReplica:
         """The pictures of an order, or why there are none."""
         return await self._painter.paint(order)
 
-    async def models(self) -> list[ModelCard] | ApiError:
-        """What can be asked for."""
-        return await self._painter.models()
+    async def models(self, shown: Shown) -> ModelList | ApiError:
+        """A page of what can be asked for."""
+        return await self._painter.models(shown)
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         """What there is to know of a concept."""

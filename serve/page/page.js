@@ -89,7 +89,7 @@ function show(models) {
 function card(model) {
   const input = element("input", { type: "radio", name: "concept", value: model.id });
   input.addEventListener("change", () => choose(model.id));
-  const frame = element("span", { className: "frame" });
+  const frame = element("span", { className: "frame", textContent: model.id[0], ariaHidden: "true" });
   const version = model.version ? `version ${model.version}` : "the base alone";
   const made = element(
     "label",

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from model.adapter import load_adapter
-from serve.api import ApiError, ConceptCard, ImageResponse, ModelCard
+from serve.api import ApiError, ConceptCard, ImageResponse, ModelList
 from serve.auth import ApiKeys, key_digest
 from serve.engine import Engine, PictureRequest
 from serve.gateway import IMAGES_PATH, make_http
-from serve.orders import Order, Painted
+from serve.orders import Order, Painted, Shown
 from serve.painter import Painter
 from serve.pointers import Pointers
 from serve.registry import Registry
@@ -57,8 +57,8 @@ class Here:
             raise self.trouble
         return await self.painter.paint(order)
 
-    async def models(self) -> list[ModelCard] | ApiError:
-        return await self.painter.models()
+    async def models(self, shown: Shown) -> ModelList | ApiError:
+        return await self.painter.models(shown)
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         return await self.painter.concept(concept)
