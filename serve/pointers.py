@@ -2,7 +2,8 @@
 
 An answer of the registry is used again for `alias_seconds`. Then it is asked anew, in a thread of
 its own: who has an older answer waits `registry_seconds` at most, and not at all once the registry
-is known to be away, so that a dead or slow registry never stops the drawing.
+is known to be away, so that a dead or slow registry never stops the drawing. What is often asked
+for is asked anew ahead of time, so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from serve.registry import Listed, Pinned, VersionFacts
 
 log = logging.getLogger("echodistill.serve")
 ANSWERS_KEPT = 100_000
+AHEAD = 0.5  # of the time for which an answer is believed
 _LISTING = ("", "")  # the key under which the list of concepts is remembered
 _VERSIONS = "\0versions"  # the pointer under which a concept's versions are: no alias is called so
 
@@ -71,9 +73,17 @@ class Pointers:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def known(self, concept: str, pointer: str) -> Pinned | None:
-        """What `resolve` would say without asking the registry; None when it would have to ask."""
-        answer = self._remembered((concept, pointer))
-        return answer.value if answer is not None and not self._old(answer) else None
+        """What `resolve` would say without asking the registry; None when it would have to ask.
+
+        An answer that will be old soon is asked for anew, and nobody waits for that.
+        """
+        key = (concept, pointer)
+        answer = self._remembered(key)
+        if answer is None or self._old(answer):
+            return None
+        if self._clock() - answer.at >= self._alias_seconds * AHEAD and not self.registry_away:
+            self._start(key, lambda: self._source.find(concept, pointer))
+        return answer.value
 
     def resolve(self, concept: str, pointer: str) -> Pinned | None:
         """The version that an alias or number points to; None when there is none. Blocks.

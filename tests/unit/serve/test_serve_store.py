@@ -249,7 +249,7 @@ def test_alias_is_believed_for_a_moment_then_asked_again(shelf: Shelf, door: Doo
     assert pointers.known("dog", "champion") is None
     assert pinned(pointers, "dog").version == first
     second, _ = shelf.add("dog", 2)
-    clock.now = 1.9
+    clock.now = 0.9
     assert pinned(pointers, "dog").version == first
     assert pointers.known("dog", "champion") == pinned(pointers, "dog")
     assert door.finds == 1
@@ -259,6 +259,27 @@ def test_alias_is_believed_for_a_moment_then_asked_again(shelf: Shelf, door: Doo
     shelf.point("dog", "champion", first)
     clock.now = 4.0
     assert pinned(pointers, "dog").version == first
+
+
+def test_who_asks_often_never_waits(shelf: Shelf, door: Door) -> None:
+    first, _ = shelf.add("dog", 1)
+    clock = Clock()
+    pointers = make_pointers(door, clock)
+    pinned(pointers, "dog")
+    second, _ = shelf.add("dog", 2)
+    door.held.clear()
+    clock.now = 1.5
+    try:
+        for _ in range(20):  # the registry does not answer, and is asked once
+            known = pointers.known("dog", "champion")
+            assert known is not None and known.version == first
+    finally:
+        door.held.set()
+    while (known := pointers.known("dog", "champion")) is None or known.version == first:
+        pass  # its answer is on the way
+    assert known.version == second and door.finds == 2
+    clock.now = 3.4  # believed from the moment at which it was asked for
+    assert pointers.known("dog", "champion") == known
 
 
 def test_what_is_known_stands_while_the_registry_is_away(shelf: Shelf, door: Door) -> None:
