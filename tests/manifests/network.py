@@ -71,7 +71,9 @@ def _is(peer: dict[str, Any], other: Peer) -> bool:
             return False
         address, block = ipaddress.ip_address(other.ip), peer["ipBlock"]
         inside = address in ipaddress.ip_network(block["cidr"])
-        return inside and not any(address in ipaddress.ip_network(x) for x in block["except"])
+        return inside and not any(
+            address in ipaddress.ip_network(x) for x in block.get("except", ())
+        )
     if other.ip:
         return False
     if "namespaceSelector" in peer:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ray._private import ray_constants
+
 from tests.manifests.kustomize import Manifest
 from tests.manifests.rendered import containers, pod_templates
 
@@ -227,11 +229,9 @@ def ray_is_set_up_right(manifests: list[Manifest]) -> list[str]:
             for spec in (group["template"]["spec"] for group in groups):
                 if spec.get("restartPolicy") != "Never":
                     found.append(f"{where}: autoscaler v2 wants restartPolicy Never")
-                if not any(
-                    v.get("emptyDir", {}).get("medium") == "Memory" for v in spec["volumes"]
-                ):
-                    found.append(f"{where}: /dev/shm is not in memory")
                 limits = spec["containers"][0]["resources"]["limits"]
+                if shared_memory(spec) < object_store(spec):
+                    found.append(f"{where}: Ray's object store does not fit into /dev/shm")
                 tolerated = {item["key"] for item in spec.get("tolerations", ())}
                 gpu_pool = spec.get("nodeSelector", {}).get("echodistill.dev/pool") == "gpu"
                 if "nvidia.com/gpu" in limits and not ("nvidia.com/gpu" in tolerated and gpu_pool):
@@ -246,7 +246,7 @@ def ray_is_set_up_right(manifests: list[Manifest]) -> list[str]:
 
 
 def queues_have_room(manifests: list[Manifest]) -> list[str]:
-    """One batch fits the queue at its largest, and the namespace's quota is above both."""
+    """One batch fits the queue at its largest, and the endpoint beside it fits the quota."""
     found = []
     (queue,) = (one for one in manifests if one["kind"] == "ClusterQueue")
     (job,) = (one for one in manifests if one["kind"] == "RayJob")
@@ -255,23 +255,71 @@ def queues_have_room(manifests: list[Manifest]) -> list[str]:
     for flavor in group["flavors"]:
         for item in flavor["resources"]:
             room[item["name"]] += amount(item["nominalQuota"])
-    wanted: dict[str, float] = {}
-    ray = job["spec"]["rayClusterSpec"]
-    groups = [(1, ray["headGroupSpec"]["template"])]
-    groups += [(one["maxReplicas"], one["template"]) for one in ray["workerGroupSpecs"]]
-    for count, template in groups:
-        for name, text in template["spec"]["containers"][0]["resources"]["requests"].items():
-            wanted[name] = wanted.get(name, 0.0) + count * amount(text)
-    for name, value in wanted.items():
+    for name, value in needs(job["spec"]["rayClusterSpec"]).items():
         if name not in room:
             found.append(f"the queue does not cover {name}")
         elif value > room[name]:
             found.append(f"a batch may ask for {value:g} {name}, the queue has {room[name]:g}")
     (quota,) = (one for one in manifests if one["kind"] == "ResourceQuota")
+    (service,) = (one for one in manifests if one["kind"] == "RayService")
+    twice = needs(service["spec"]["rayClusterConfig"])  # while an image is changed there are two
     for name, value in room.items():
-        if amount(quota["spec"]["hard"][f"requests.{name}"]) < value:
-            found.append(f"the namespace's quota of {name} is below the queue's")
+        if amount(quota["spec"]["hard"][f"requests.{name}"]) < value + 2 * twice.get(name, 0.0):
+            found.append(f"the namespace's quota of {name} is below the queue's and the endpoint's")
     return found
+
+
+def budgets_are_reckoned(manifests: list[Manifest]) -> list[str]:
+    """Kubernetes knows how many pods of a RayCluster may go, and one at least may, or none ever."""
+    found = []
+    for manifest in manifests:
+        if manifest["kind"] != "PodDisruptionBudget":
+            continue
+        name, spec = manifest["metadata"]["name"], manifest["spec"]
+        if "maxUnavailable" in spec or not isinstance(spec.get("minAvailable"), int):
+            found.append(f"{name}: a RayCluster has no scale subresource: only minAvailable counts")
+        elif spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            found.append(f"{name}: a pod that is not ready holds its node back")
+        elif spec["selector"]["matchLabels"].get("ray.io/node-type") == "worker":
+            (service,) = (one for one in manifests if one["kind"] == "RayService")
+            (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+            if group["minReplicas"] <= spec["minAvailable"]:
+                found.append(f"{name} lets no node of the endpoint go")
+    return found
+
+
+def jobs_can_be_applied_again(manifests: list[Manifest]) -> list[str]:
+    return [
+        f"Job/{one['metadata']['name']} stays when it is done, and a job cannot be changed"
+        for one in manifests
+        if one["kind"] == "Job" and "ttlSecondsAfterFinished" not in one["spec"]
+    ]
+
+
+def needs(ray: dict[str, Any]) -> dict[str, float]:
+    """What a Ray cluster asks for at its largest."""
+    found: dict[str, float] = {}
+    groups = [(1, ray["headGroupSpec"]["template"])]
+    groups += [(one["maxReplicas"], one["template"]) for one in ray["workerGroupSpecs"]]
+    for count, template in groups:
+        for name, text in template["spec"]["containers"][0]["resources"]["requests"].items():
+            found[name] = found.get(name, 0.0) + count * amount(text)
+    return found
+
+
+def shared_memory(pod: dict[str, Any]) -> float:
+    """Bytes of a Ray pod's /dev/shm."""
+    for volume in pod["volumes"]:
+        if volume.get("emptyDir", {}).get("medium") == "Memory":
+            return amount(volume["emptyDir"]["sizeLimit"])
+    return 0.0
+
+
+def object_store(pod: dict[str, Any]) -> float:
+    """Bytes of the object store that Ray makes by itself; more than /dev/shm goes to the disk."""
+    memory = amount(pod["containers"][0]["resources"]["limits"]["memory"])
+    share = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * memory
+    return min(share, max(ray_constants.REQUIRE_SHM_SIZE_THRESHOLD, 0.95 * shared_memory(pod)))
 
 
 def strings(node: Any, where: str) -> Iterator[tuple[str, str]]:

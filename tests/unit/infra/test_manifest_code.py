@@ -163,6 +163,21 @@ def test_variables_of_ours_are_read_somewhere() -> None:
         assert name in code or setting in ServeSettings.model_fields, name
 
 
+def test_variables_of_ray_are_read_by_it() -> None:
+    import ray
+
+    (config,) = (
+        one for one in SETS["prod"] if one["kind"] == "ConfigMap" and "HOME" in one["data"]
+    )
+    used = {name for name in config["data"] if name.startswith("RAY_")}
+    # A pod's disk is reported as empty without it, and NodeDiskFills would sleep.
+    assert "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE" in used
+    package = Path(ray.__file__).parent
+    places = ("dashboard/modules/reporter/reporter_agent.py", "_common/usage/usage_constants.py")
+    sources = "\n".join((package / name).read_text("utf-8") for name in places)
+    assert all(f'"{name}"' in sources for name in used), used
+
+
 def test_health_paths_are_those_of_ray_and_mlflow() -> None:
     import ray
     from mlflow.server.security_utils import HEALTH_ENDPOINTS

@@ -40,6 +40,7 @@ PODS = _pods() | {
     "s3": Peer(ip="52.216.0.1"),
     "metadata service": Peer(ip="169.254.169.254"),
     "api server": Peer(ip="10.96.0.1"),
+    "node's names": Peer(ip="169.254.20.10"),
 }
 OPEN = [
     ("train worker", "train head", 6379),
@@ -94,6 +95,7 @@ SHUT = [
     ("prometheus", "serve head", 8265),
     ("train worker", "metadata service", 80),
     ("train worker", "metadata service", 443),
+    ("train worker", "metadata service", 53),
 ]
 
 
@@ -113,6 +115,7 @@ def test_everybody_may_ask_for_names() -> None:
     for name, pod in PODS.items():
         if pod.namespace is None and not pod.ip:
             assert allowed(PROD, pod, PODS["dns"], 53, udp=True), name
+            assert allowed(PROD, pod, PODS["node's names"], 53, udp=True), name
 
 
 def test_each_open_flow_hangs_on_a_policy() -> None:
