@@ -15,27 +15,38 @@ from pipeline.run import ConceptResult
 
 
 class BatchMetrics:
-    """The metrics of one driver; each is the whole batch's."""
+    """The metrics of one driver; each is the whole batch's.
+
+    What only grows is told as a gauge as well: a counter of Ray's can't say 0, and to Prometheus
+    the first number of a series is no increase, so concepts that end together would be lost.
+    """
 
     def __init__(self) -> None:
-        from ray.util.metrics import Counter, Gauge
+        from ray.util.metrics import Gauge
 
-        self._ended = Counter(
+        self._ended = Gauge(
             "echodistill_concepts_total",
             "Concepts that came to their end, by how (trained, already, failed)",
             tag_keys=("state",),
         )
-        self._seconds = Counter(
-            "echodistill_training_seconds_total",
-            "Training time of ended concepts; of a pack's, each has its share",
-        )
-        self._gpu_seconds = Counter(
-            "echodistill_gpu_seconds_total", "GPU time of ended concepts; 0 on CPUs"
-        )
-        self._cost = Counter(
-            "echodistill_cost_total",
-            "Cost of that, in the currency of the run spec's cost.gpu_hour",
-        )
+        self._took = {
+            "seconds": Gauge(
+                "echodistill_training_seconds_total",
+                "Training time of ended concepts; of a pack's, each has its share",
+            ),
+            "gpu_seconds": Gauge(
+                "echodistill_gpu_seconds_total", "GPU time of ended concepts; 0 on CPUs"
+            ),
+            "cost": Gauge(
+                "echodistill_cost_total",
+                "Cost of that, in the currency of the run spec's cost.gpu_hour",
+            ),
+        }
+        self._counts, self._sums = Count[str](), dict.fromkeys(self._took, 0.0)
+        for state in ("trained", "already", "failed"):
+            self._ended.set(0, {"state": state})
+        for gauge in self._took.values():
+            gauge.set(0)
         self._now = Gauge(
             "echodistill_concepts_now",
             "Concepts of the batch by what they are at",
@@ -50,13 +61,13 @@ class BatchMetrics:
 
     def ended(self, result: ConceptResult) -> None:
         """Count a concept that came to its end."""
-        self._ended.inc(1, {"state": result.state})
+        self._counts[result.state] += 1
+        self._ended.set(self._counts[result.state], {"state": result.state})
         if result.state != "trained":  # what an earlier run took is not taken once more
             return
-        counted = (self._seconds, result.seconds), (self._gpu_seconds, result.gpu_seconds)
-        for counter, value in (*counted, (self._cost, result.cost or 0.0)):
-            if value > 0:
-                counter.inc(value)
+        for name, gauge in self._took.items():
+            self._sums[name] += getattr(result, name) or 0.0
+            gauge.set(self._sums[name])
 
     def now(self, states: Collection[ConceptState]) -> None:
         """Tell what all concepts are at."""
