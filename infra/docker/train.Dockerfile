@@ -45,12 +45,11 @@ RUN apt-get update \
     && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
-# The NVIDIA runtime gives the container its GPUs by these.
+# Which GPUs the container gets is for whoever starts it to say: a pod without one must not see its node's.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     ECHODISTILL_CACHE=/var/cache/echodistill \
-    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ARG VERSION=0.1.0
 ARG REVISION=unknown

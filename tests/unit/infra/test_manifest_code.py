@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -235,6 +235,32 @@ def test_options_of_the_commands_exist() -> None:
                     assert used and used <= names, used - names
     assert seen == set(known)
     assert "upgrade" in mlflow.commands["db"].commands
+
+
+def test_what_the_guide_tells_to_type_is_there() -> None:
+    import typer
+
+    from pipeline.cli.main import app
+
+    texts = [
+        path.read_text("utf-8") for path in (INFRA / "README.md", *INFRA.glob("*/alerts.yaml"))
+    ]
+    everything = cast(Any, typer.main.get_command(app))
+    seen = set()
+    for line in re.findall(r"\bechodistill ([a-z][^`|)\n;]*)", "\n".join(texts)):
+        words, command = line.split(), everything
+        while words and words[0] in getattr(command, "commands", ()):
+            command = command.commands[words.pop(0)]
+        if command is everything:  # the namespace of that name
+            continue
+        seen.add(command.name)
+        known = {name for item in command.params for name in (*item.opts, *item.secondary_opts)}
+        asked = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert asked <= known, line
+    assert {"submit", "status", "compile", "promote", "rollback"} <= seen
+    for name in set(re.findall(r"\binfra/[\w/.-]*\w", texts[0])):
+        made = "compose/secrets/" in name  # by secrets.sh
+        assert made or (REPOSITORY / name).exists(), name
 
 
 def _texts() -> str:

@@ -89,6 +89,13 @@ def test_every_secret_is_made_by_the_script_and_used(
     assert keys.owner(f"Bearer {made['scrape_key']}") is not None
 
 
+def test_the_object_store_of_ray_fits_into_its_shared_memory() -> None:
+    from ray._private.ray_constants import REQUIRE_SHM_SIZE_THRESHOLD
+
+    gigabytes = int(SERVICES["ray"]["shm_size"].removesuffix("gb"))
+    assert 0.95 * gigabytes * 2**30 >= REQUIRE_SHM_SIZE_THRESHOLD  # Ray takes no less, or the disk
+
+
 def test_what_is_mounted_is_there() -> None:
     for service in SERVICES.values():
         for volume in service.get("volumes", ()):

@@ -67,6 +67,8 @@ def test_images_are_what_the_manifests_want(path: Path) -> None:
     runs = " ".join(rest for word, rest in steps if word == "RUN")
     assert "infra/docker/install.sh" in runs and "sbom.py" in runs
     assert f"echodistill/{path.stem}" in images()
+    # With it a pod that asked for no GPU would be given all of its node's.
+    assert "NVIDIA_VISIBLE_DEVICES" not in path.read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
