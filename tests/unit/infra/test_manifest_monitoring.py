@@ -36,13 +36,13 @@ WORDS = {
     "min",
     "max",
 }
-WORDS |= {"rate", "increase", "delta", "absent", "vector", "histogram_quantile"}
+WORDS |= {"rate", "increase", "changes", "absent", "vector", "histogram_quantile"}
 
 
 def metrics_in(expression: str) -> set[str]:
     """Names of the metrics of a PromQL expression."""
     text = re.sub(r'"[^"]*"', "", expression)
-    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", text)
+    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\boffset \w+", " ", text)
     text = re.sub(r"\b(by|on|ignoring|group_left)\s*\([^)]*\)", " ", text)
     return set(re.findall(r"[a-zA-Z_][a-zA-Z0-9_]*", text)) - WORDS
 
