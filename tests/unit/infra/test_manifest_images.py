@@ -142,6 +142,18 @@ def test_what_the_images_install_is_pinned() -> None:
             assert re.search(rf"^{name}==", pins, re.MULTILINE), name
 
 
+def test_the_database_is_reached_by_the_driver_that_the_image_has() -> None:
+    """Without its name in the URI, SQLAlchemy takes one of its own choice, by its version."""
+    from sqlalchemy.engine import make_url
+
+    texts = [INFRA / "k8s/base/mlflow.yaml", INFRA / "compose/compose.yaml"]
+    schemes = [re.findall(r"(postgresql[+\w]*)://", path.read_text("utf-8")) for path in texts]
+    assert all(schemes)
+    drivers = {make_url(f"{each}://h/d").get_dialect().driver for each in sum(schemes, [])}
+    assert drivers == {"psycopg2"}
+    assert "'psycopg2-binary>=2'" in (DOCKER / "mlflow.Dockerfile").read_text("utf-8")
+
+
 def test_the_bill_of_materials_is_whole() -> None:
     command = [sys.executable, str(DOCKER / "sbom.py"), "echodistill-train", "0.1.0"]
     made = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
