@@ -58,7 +58,8 @@ class TrainSpec(_Section):
     third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
     out as a GPU's matrix units want them; auto: on a GPU. `compile` has torch compile the frozen
     networks' blocks, anew for every pack size. `cuda_graphs` records their work of an iteration and
-    replays it, so that a GPU waits for no launches; elsewhere it does nothing.
+    replays it, so that a GPU waits for no launches; elsewhere it does nothing. At `zero_stage` 3
+    several workers share the frozen networks' memory as well, and wait for each other's weights.
     """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)
@@ -92,6 +93,8 @@ class TrainSpec(_Section):
             raise ValueError(
                 "cuda_graphs needs tensors that keep their place: zero_stage 0, 1 or 2"
             )
+        if self.compile and self.zero_stage == 3 and self.workers > 1:
+            raise ValueError("compile needs whole networks: zero_stage 0, 1 or 2, or one worker")
         if self.cuda_graphs and self.checkpointing:
             raise ValueError("cuda_graphs cannot record checkpointing: leave one of them off")
         return self

@@ -36,6 +36,7 @@ from components.train.job import (
 )
 from components.train.members import Member, echo_of, go_on
 from components.train.memory import is_out_of_memory, measured_pack, release
+from components.train.shards import Shards, sharded
 from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses, mark_broken
 from model.acceleration import uncompiled
 from model.batch import Batch, ConceptData, draw_batch
@@ -73,6 +74,7 @@ class Run:
             training leaves idle; None: where a GPU trains.
         record: how the frozen networks' work is recorded; None: as CUDA graphs, where a GPU trains
             and the spec asks for them.
+        shards: what of the frozen networks is kept in parts, while it trains.
 
     """
 
@@ -82,6 +84,7 @@ class Run:
     watcher: Watcher = field(default_factory=Watcher)
     ahead: bool | None = None
     record: Record | None = None
+    shards: Shards = field(default_factory=Shards)
 
 
 def train_members(run: Run) -> None:
@@ -90,6 +93,11 @@ def train_members(run: Run) -> None:
     Members that do not fit into memory together are trained in halves, one after the other; every
     half goes on from its members' last states.
     """
+    with sharded(run.frozen, run.spec.train.zero_stage) as run.shards:
+        _train_members(run)
+
+
+def _train_members(run: Run) -> None:
     total, at_once = total_iterations(run.spec), _at_once(run)
     while True:
         waiting = [
@@ -336,6 +344,7 @@ class Segment:
 
     def _step(self, engine: Any, losses: torch.Tensor) -> torch.Tensor:
         engine.backward(losses.sum())
+        self.run.shards.tidy()
         norms = clip_per_concept(engine, self.run.spec.train.clip_norm)
         engine.step()
         return norms.detach()
