@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -29,6 +29,10 @@ from rich.progress import (
 )
 
 from pipeline.progress import Event
+
+if TYPE_CHECKING:
+    from components.train.state import ConceptState
+    from pipeline.run import ConceptResult
 
 
 class Output:
@@ -162,6 +166,15 @@ class Output:
             self._stderr.flush()
         else:
             self.console.print(f"{event.stage:>9}  {words}", markup=False, soft_wrap=True)
+
+
+def tell_more(console: Console, concepts: Sequence[ConceptState | ConceptResult]) -> None:
+    """Write below a table what has no room in it: each error, and what is odd about a success."""
+    for one in concepts:
+        # "already" says all that its note does.
+        told = one.error or ("" if one.state == "already" else one.note)
+        if told:
+            console.print(f"{one.id}: {told}", markup=False, soft_wrap=True)
 
 
 def _open_log(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import Address, BatchName, Debug, Json, Report, Storage, TrackingUri
-from pipeline.cli.output import Output
+from pipeline.cli.output import Output, tell_more
 from pipeline.figures import money
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
 def draw(console: Console, concepts: Sequence[ConceptState]) -> None:
     """Draw concepts as a table."""
     console.print(_table(concepts))
+    tell_more(console, concepts)
 
 
 def _write_report(output: Output, found: BatchStatus, path: Path, tracking_uri: str | None) -> None:
@@ -184,7 +185,6 @@ def _table(concepts: Sequence[ConceptState]) -> Table:
         *cost,
         "worker",
         "version",
-        "",
     ):
         right = name in ("iteration", "seconds", "cost", "version")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -199,7 +199,6 @@ def _table(concepts: Sequence[ConceptState]) -> Table:
             *([money(one.cost)] if priced else []),
             one.worker,
             one.version or "",
-            Text(one.error or one.note),
         )
     return table
 

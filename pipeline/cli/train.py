@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.interruptible import Interruptible
 from pipeline.cli.options import Base, Debug, Json, Prefix, Report, Sets, SpecFile, TrackingUri
-from pipeline.cli.output import Output
+from pipeline.cli.output import Output, tell_more
 from pipeline.figures import money
 from pipeline.progress import Event
 
@@ -101,7 +101,7 @@ def _draw(console: Console, results: list[ConceptResult]) -> None:
     table = Table(box=None, pad_edge=False)
     priced = any(one.cost is not None for one in results)
     cost = ["cost"] if priced else []
-    for name in ("concept", "state", "version", "sha256", "seconds", *cost, ""):
+    for name in ("concept", "state", "version", "sha256", "seconds", *cost):
         right = name in ("seconds", "cost")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for one in results:
@@ -113,6 +113,6 @@ def _draw(console: Console, results: list[ConceptResult]) -> None:
             (one.sha256 or "")[:12],
             f"{one.seconds:.0f}" if one.seconds else "",
             *([money(one.cost)] if priced else []),
-            Text(one.error or one.note),
         )
     console.print(table)
+    tell_more(console, results)
