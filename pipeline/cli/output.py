@@ -174,7 +174,8 @@ def tell_more(console: Console, concepts: Sequence[ConceptState | ConceptResult]
         # "already" says all that its note does.
         told = one.error or ("" if one.state == "already" else one.note)
         if told:
-            console.print(f"{one.id}: {told}", markup=False, soft_wrap=True)
+            name = f"{one.id}: "
+            console.print(name + told.removeprefix(name), markup=False, soft_wrap=True)
 
 
 def _open_log(path: Path) -> int:
