@@ -19,7 +19,7 @@ from components.train.job import STATES, PackJob
 from model.batch import ConceptData, EchoSample
 from model.concept import initial_row
 from model.discriminators import DiscriminatorHeads
-from model.errors import EchoDistillError, InputError
+from model.errors import AwayError, EchoDistillError, InputError
 from model.iteration import Frozen
 from model.views import ConceptText
 
@@ -56,19 +56,27 @@ def load_members(job: PackJob, frozen: Frozen, checkpoint: Path | None) -> list[
 
     Raises:
         InputError: when a checkpoint that was given holds no state that a member can use.
+        AwayError: on every rank, when the storage is out of reach of one: no member's fault.
 
     """
-    digest = spec_digest(job.spec)
-    members = [Member(c, concept_digest(c, digest, frozen.pair.hash)) for c in job.concepts]
+    digest, base = spec_digest(job.spec), job.base or frozen.pair.hash
+    members = [Member(c, concept_digest(c, digest, base)) for c in job.concepts]
+    away = None
     for member in members:
         try:
             member.data = _data(member.concept, job.spec)
             member.state = _initial_state(member, job.spec, frozen)
+        except AwayError as error:
+            away = str(error)
+            break
         except EchoDistillError as error:
             member.error = str(error)
-    errors = ranks.gathered([member.error for member in members])
+    told = ranks.gathered((away, [member.error for member in members]))
+    for away, _ in told:
+        if away is not None:
+            raise AwayError(away)
     for place, member in enumerate(members):
-        member.error = next((each[place] for each in errors if each[place]), None)
+        member.error = next((errors[place] for _, errors in told if errors[place]), None)
     for uri in job.states:
         _take_given(members, uri)
     if checkpoint is not None:
