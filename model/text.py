@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from model.errors import InputError
+
 TOKEN_PATTERN = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]{0,30}>")
 """What a concept's token string looks like, e.g. `<new1>` (match it whole)."""
 
@@ -65,6 +67,27 @@ def tokenize(tokenizer: Any, texts: Sequence[str], token_strings: Sequence[str] 
     for k, string in enumerate(token_strings):
         slots[ids == extended.convert_tokens_to_ids(string)] = k
     return Prompts(ids.masked_fill(slots >= 0, 0), slots)
+
+
+def check_length(tokenizer: Any, text: str, token_strings: Sequence[str] = ()) -> None:
+    """Refuse a prompt that the text encoder would not read to its end.
+
+    Args:
+        tokenizer: the base pair's CLIP tokenizer; it is not changed.
+        text: the prompt.
+        token_strings: the concept's tokens; each takes one place, however it is spelled.
+
+    Raises:
+        InputError: when `tokenize` would cut it off.
+    """
+    for token in token_strings:
+        text = text.replace(token, " a ")
+    most = int(tokenizer.model_max_length) - 2  # without start and end
+    count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if count > most:
+        raise InputError(
+            f"The prompt has {count} tokens, of which this base reads {most}; shorten it."
+        )
 
 
 def cat(prompts: Sequence[Prompts]) -> Prompts:

@@ -65,8 +65,8 @@ def generate(
         progress: listens.
 
     Raises:
-        InputError: for an unknown concept or version, a prompt that does not name it, or a base
-            that is not the adapter's.
+        InputError: for an unknown concept or version, a prompt that does not name it or is too
+            long, or a base that is not the adapter's.
         ServiceError: when the registry is out of reach or the disk is full.
     """
     import time
@@ -74,6 +74,7 @@ def generate(
     from model.adapter import prompt_for
     from model.base_pair import load_base_pair
     from model.sampler import draw
+    from model.text import check_length
 
     if steps not in STEPS:
         raise InputError(f"--steps {steps} is not offered: the student draws in 1, 2 or 4")
@@ -90,6 +91,7 @@ def generate(
         name=adapter.meta["base"]["name"],
         resolution=adapter.meta["resolution"],
     )
+    check_length(pair.tokenizer, words, adapter.tokens)
     _make_folder(out)
     seeds = tuple(range(seed, seed + n))
     paths = []

@@ -90,7 +90,6 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pair = pair
-        self.prompt_tokens = int(pair.tokenizer.model_max_length) - 2  # without start and end
         if batch_sizes is None:
             largest = LARGEST.get(pair.device.type, BATCH_SIZES[-1])
             batch_sizes = [size for size in BATCH_SIZES if size <= largest]
@@ -183,13 +182,6 @@ class Engine:
                 f"The adapter of {adapter.meta['concept']['id']!r} has values that are not finite "
                 "or of another size than its base's; train the concept again."
             )
-
-    def excess_tokens(self, prompt: str, adapter: Adapter | None) -> int:
-        """How many tokens of a prompt the text encoder would not read; 0 when it reads all."""
-        for token in () if adapter is None else adapter.tokens:
-            prompt = prompt.replace(token, " a ")  # as a concept's token, one place in the context
-        tokens = self.pair.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return max(0, len(tokens) - self.prompt_tokens)
 
     @torch.inference_mode()
     def _submit(self, requests: Sequence[PictureRequest]) -> tuple[torch.Tensor, torch.Tensor]:

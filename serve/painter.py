@@ -22,6 +22,7 @@ import numpy as np
 from model.adapter import Adapter, prompt_for
 from model.errors import EchoDistillError, InputError, ServiceError
 from model.names import CHAMPION, CONCEPT_ID, METRIC_TAG, SHA256_TAG
+from model.text import check_length
 from serve.api import (
     ApiError,
     ConceptCard,
@@ -322,17 +323,13 @@ class Painter:
     def _prompt(self, prompt: str, adapter: Adapter | None) -> str:
         if not prompt.strip():
             raise _bad_prompt("it is empty")
-        if adapter is not None:
-            try:
+        try:
+            if adapter is not None:
                 prompt = prompt_for(adapter.meta, prompt)
-            except InputError as error:
-                raise _bad_prompt(str(error).rstrip(".")) from None
-        excess = self._engine.excess_tokens(prompt, adapter)
-        if excess:
-            raise _bad_prompt(
-                f"it is {excess} tokens longer than the {self._engine.prompt_tokens} that this "
-                "base reads"
-            )
+            tokens = () if adapter is None else adapter.tokens
+            check_length(self._engine.pair.tokenizer, prompt, tokens)
+        except InputError as error:
+            raise _bad_prompt(str(error).rstrip(".")) from None
         return prompt
 
     async def _in_loader(self, call: Callable[..., Any], *args: Any) -> Any:

@@ -21,6 +21,7 @@ from model.base_pair import load_base_pair
 from model.errors import InputError
 from model.png import png
 from model.sampler import draw
+from model.text import check_length
 
 POCKET = "pocket"
 
@@ -53,6 +54,7 @@ class EchoDistillModel(mlflow.pyfunc.PythonModel):
         images = []
         for row in model_input.to_dict("records"):
             prompt = prompt_for(self.adapter.meta, str(row["prompt"]))
+            check_length(self.pair.tokenizer, prompt, self.adapter.tokens)
             seed, steps = _whole(row, "seed", 0), _whole(row, "steps", 1)
             picture = draw(self.pair, [self.adapter], [prompt], [seed], steps)[0]
             images.append(png(picture.permute(1, 2, 0).numpy()))

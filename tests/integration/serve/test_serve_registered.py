@@ -17,7 +17,9 @@ from components.register.registry import register_adapter
 from model.adapter import prompt_for, save_adapter
 from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
+from model.errors import InputError
 from model.names import CHAMPION
+from pipeline.generate import generate
 from serve.engine import Engine, PictureRequest
 from serve.registry import Registry
 from serve.store import AdapterStore
@@ -68,3 +70,20 @@ def test_registered_version_is_served_as_mlflow_draws_it(
         picture = engine.draw([request])[0]
         assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(file))))
         assert picture.std() > 1
+
+    too_long = "dog " * 20
+    with pytest.raises(InputError, match="21 tokens"):
+        pyfunc.predict(pd.DataFrame([{"prompt": too_long}]))
+    with pytest.raises(InputError, match="21 tokens"):
+        generate(
+            "rex",
+            too_long,
+            seed=0,
+            steps=1,
+            n=1,
+            out=tmp_path / "out",
+            tracking_uri=tracking_uri,
+            base={"teacher": str(tiny_student), "student": str(tiny_student)},
+            progress=lambda event: None,
+        )
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 from model.base_pair import BasePair
 from model.concept import TeacherWeights, initial_row
 from model.errors import InputError
-from model.text import TOKEN_PATTERN, encode, tokenize
+from model.text import TOKEN_PATTERN, check_length, encode, tokenize
 
 TOKENS = ("<new1>", "<new2>")
 
@@ -48,6 +48,16 @@ def test_rows_equal_a_grown_tokenizer_and_table(pair: BasePair, text: str) -> No
     assert prompts.ids.shape == prompts.slots.shape == (1, 16)
     mine = encode(pair.text_encoder, prompts, rows[None])
     assert torch.allclose(mine, expected, atol=1e-6)
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused(pair: BasePair) -> None:
+    check_length(pair.tokenizer, "dog " * 14)
+    with pytest.raises(InputError, match="16 tokens, of which this base reads 14"):
+        check_length(pair.tokenizer, "dog " * 16)
+    # A concept's token takes one place, however it is spelled.
+    check_length(pair.tokenizer, "<new1> " + "dog " * 13, ["<new1>"])
+    with pytest.raises(InputError, match="15 tokens"):
+        check_length(pair.tokenizer, "<new1> <new2> " + "dog " * 13, TOKENS)
 
 
 def test_each_row_of_a_batch_uses_its_own_concept(pair: BasePair) -> None:

@@ -213,16 +213,6 @@ def test_values_that_are_not_finite_are_no_picture(tmp_path: Path) -> None:
         Engine(pair).draw([PictureRequest("a photo of a dog", 0)])
 
 
-def test_excess_tokens(tiny_pair: BasePair, adapters: list[Adapter]) -> None:
-    engine = Engine(tiny_pair)
-    assert engine.prompt_tokens == 14
-    assert engine.excess_tokens("dog " * 14, None) == 0
-    assert engine.excess_tokens("dog " * 16, None) == 2
-    # A concept's token takes one place, however it is spelled.
-    assert engine.excess_tokens("<new1> " + "dog " * 13, adapters[0]) == 0
-    assert engine.excess_tokens("<a> <b> " + "dog " * 13, adapters[2]) == 1
-
-
 def test_check_refuses_adapters_that_would_spoil_a_batch(
     tmp_path: Path, tiny_pair: BasePair, adapters: list[Adapter]
 ) -> None:
