@@ -205,6 +205,16 @@ class RunSpec(_Section):
 
 # What moves no weight: where and on what a run goes, and what is done with its result.
 _NO_EFFECT = ("pack", "tracking", "evaluate", "gate", "cost")
+# What the models hold counts (`base_hash`), not where they lie; two only measure.
+_NO_EFFECT_BASE = (
+    "teacher",
+    "student",
+    "identity",
+    "backbones",
+    "image_projection",
+    "metric_clip",
+    "metric_dino",
+)
 _NO_EFFECT_TRAIN = (
     "zero_stage",
     "workers",
@@ -280,8 +290,8 @@ def spec_digest(spec: RunSpec) -> str:
     values = spec.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_defaults=True)
     for name in _NO_EFFECT_TRAIN:
         values.get("train", {}).pop(name, None)
-    for name in ("metric_clip", "metric_dino"):
-        del values["base"][name]
+    for name in _NO_EFFECT_BASE:
+        values["base"].pop(name, None)
     values = {name: value for name, value in values.items() if value != {}}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -40,7 +40,7 @@ from components.train.job import BasePaths, TrainedConcept, pack_name
 from components.train.pack import check_storage, train_pack
 from components.train.progress import TrainEvent
 from components.train.state import ConceptState
-from model.errors import DISK_FULL, AwayError, EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, AwayError, EchoDistillError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
@@ -187,16 +187,18 @@ def train_prefix(
             check_storage(spec.train.storage_path)
             batch = parent_of_training(uri, spec, registry, valid, results, force=force)
             with cluster(), batch as runner.parent:
-                for pack in packs(rest, spec.pack.planned):
-                    results |= _train(runner, pack, spec, force)
+                for pack in packs(concepts, spec.pack.planned):
+                    left = [concept for concept in pack if concept.id not in results]
+                    if left:
+                        # Under the whole pack's name a run that was begun goes on.
+                        results |= _train(runner, left, spec, pack_name(spec, pack), force)
     return [results[one.id] for one in checked]
 
 
 def _train(
-    runner: PackRunner, pack: Sequence[Concept], spec: RunSpec, force: bool
+    runner: PackRunner, pack: Sequence[Concept], spec: RunSpec, name: str, force: bool
 ) -> dict[str, ConceptResult]:
     """Train one pack, then take each of its adapters through the registry."""
-    name = pack_name(spec, pack)
     if force:
         # Under its own name the finished run would only be found again.
         name += f"-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -208,9 +210,9 @@ def _train(
             raise ServiceError(
                 f"{error}; what was trained is kept: run the command again to register it"
             ) from error
-        except (InputError, ServiceError):
+        except ServiceError:
             raise
-        except EchoDistillError as error:
+        except EchoDistillError as error:  # of this concept alone: the others go on
             results[concept.id] = failed(concept, made, str(error))
     return results
 

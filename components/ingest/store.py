@@ -267,6 +267,14 @@ def fetched_folder(uri: str, wanted: Callable[[str], bool]) -> Iterator[Path]:
         yield Path(work)
 
 
+def is_local_model(ref: str) -> bool:
+    """Tell a model on this machine, the pocket pair's parts among them, from S3's and the hub's."""
+    if is_s3(ref):
+        return False
+    is_path = "://" in ref or ref.startswith(("/", ".", "~", _POCKET))
+    return is_path or not hub.is_hub_id(ref) or Path(ref).is_dir()
+
+
 def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
     """Return a local directory for a model: path, ``s3://`` prefix, hub id, ``pocket:<part>``.
 
@@ -278,8 +286,7 @@ def resolve_model(ref: str, *, cache: Path | None = None) -> Path:
         return _model_from_s3(ref, cache)
     if ref.startswith(_POCKET):
         return _pocket_part(ref)
-    is_path = "://" in ref or ref.startswith(("/", ".", "~"))
-    if is_path or not hub.is_hub_id(ref) or Path(ref).is_dir():
+    if is_local_model(ref):
         path = local_path(ref)
         if not path.is_dir():
             raise InputError(

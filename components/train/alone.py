@@ -13,6 +13,7 @@ import torch.distributed
 
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
+from components.train.base_hash import base_hash
 from components.train.engines import start_deepspeed
 from components.train.export import export_adapters
 from components.train.finished import adapters_folder
@@ -55,7 +56,7 @@ def train_alone(
     settings = spec.train
     frozen = _frozen(bases, settings.precision, device, spec.resolution, settings.checkpointing)
     name = pack_name(spec, concepts)
-    job = PackJob(spec, tuple(concepts), bases, name, None)
+    job = PackJob(spec, tuple(concepts), bases, name, None, base=base_hash(spec))
     run = Run(spec, frozen, load_members(job, frozen, None))
     began = time.monotonic()
     train_members(run)

@@ -56,6 +56,8 @@ class PackJob:
         tracking: where to log, or None.
         states: folders or URIs of checkpoints of other runs to go on from.
         board: handle of the progress actor.
+        base: hash of the frozen models for the concepts' digests (`base_hash`); by default the
+            pair's alone.
 
     """
 
@@ -66,6 +68,7 @@ class PackJob:
     tracking: TrackingSettings | None
     states: tuple[str, ...] = ()
     board: Any = None
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class TrainedConcept:
 
 def pack_name(spec: RunSpec, concepts: Sequence[Concept]) -> str:
     """Name a run after its content, so that the same pack under the same spec resumes."""
-    content = [spec_digest(spec), *sorted(concept.digest for concept in concepts)]
+    models = spec.base.model_dump(mode="json")
+    content = [spec_digest(spec), models, *sorted(concept.digest for concept in concepts)]
     return "pack-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 

@@ -12,6 +12,7 @@ from components.ingest import store
 from components.ingest.cache import disk_error
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
+from components.train.base_hash import base_hash
 from components.train.delivery import TrackingSettings
 from components.train.finished import adapters_folder, read_results
 from components.train.job import (
@@ -88,6 +89,7 @@ def train_pack(
         tracking=tracking,
         states=tuple(_absolute(uri) for uri in states),
         board=board,
+        base=base_hash(spec),
     )
     try:
         with relayed(board, progress):
@@ -168,15 +170,21 @@ def _fit(job: PackJob, storage: str) -> Any:
         return trainer.fit().checkpoint
     except RayError as error:  # the cluster or its controller broke, not the training
         check_storage(storage)
-        raise ServiceError(
-            f"Ray broke while it trained {job.run_name}: {_reason(error)}"
-        ) from error
+        raise _ray_broke(job, error) from error
     except Failed as error:
         log.error("training %s broke: %s", job.run_name, error)
         check_storage(storage)  # one that is away breaks every restart
+        if isinstance(getattr(error, "controller_failure", None), RayError):
+            # A node died while workers were started: Ray Train takes that for its own failure, and
+            # does not try again, whatever restarts are left.
+            raise _ray_broke(job, error) from error
         if _of_storage(error):
             raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
         return f"training broke and used up its restarts: {_reason(error)}"
+
+
+def _ray_broke(job: PackJob, error: Exception) -> ServiceError:
+    return ServiceError(f"Ray broke while it trained {job.run_name}: {_reason(error)}")
 
 
 def _of_storage(error: Any) -> bool:
