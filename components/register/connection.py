@@ -96,7 +96,7 @@ def connect(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     with reaching(tracking_uri):
-        _make_folder(tracking_uri)
+        _make_file(tracking_uri)
         return MlflowClient(tracking_uri, tracking_uri)
 
 
@@ -106,14 +106,18 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     return Path(path) if scheme == "sqlite" and path else None
 
 
-def _make_folder(tracking_uri: str) -> None:
-    """Make the folder of a SQLite file: MLflow's own error does not say what is wrong with it."""
+def _make_file(tracking_uri: str) -> None:
+    """Make a SQLite file and its folder, as MLflow would.
+
+    MLflow tries for minutes to open a file that it can't, and does not say what is wrong with it.
+    """
     path = sqlite_path(tracking_uri)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("rb" if path.exists() else "ab").close()  # who only reads need not write
         except OSError as error:
-            raise disk_error(error, path.parent) from error
+            raise disk_error(error, path) from error
 
 
 def code_of(error: BaseException) -> str:
@@ -132,6 +136,15 @@ def reaching(tracking_uri: str) -> Iterator[None]:
         where = f"the MLflow server at {hide_password(tracking_uri)}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_error(error, where) from error
+        if isinstance(error, ModuleNotFoundError):
+            raise InputError(
+                f"{hide_password(tracking_uri)} needs the Python module {error.name}, which is not "
+                "here: install its package, or name another MLflow server"
+            ) from error
+        if "readonly database" in str(error):
+            raise InputError(
+                f"may not write {hide_password(tracking_uri)} (read-only): name another place"
+            ) from error
         # A path without a scheme means MLflow's old file store, which it keeps no more.
         if "unsupported URI" in str(error) or "filesystem tracking backend" in str(error):
             raise InputError(
