@@ -2,12 +2,13 @@
 
 import errno
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from model.errors import EchoDistillError, InputError, ServiceError
-from pipeline.cli.main import caused_by, describe, run
+from pipeline.cli.main import EXTRA_OF, app, caused_by, describe, run
 from pipeline.cli.output import Output
 
 
@@ -41,12 +42,22 @@ def test_the_cause_that_says_most_is_told() -> None:
     assert caused_by(bug) is bug
 
 
+def test_every_command_but_check_has_its_extra() -> None:
+    names = {each.name for each in [*app.registered_commands, *app.registered_groups]}
+    assert set(EXTRA_OF) == names - {"check"}
+    extras = set(
+        tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
+    assert {extra for each in EXTRA_OF.values() for extra in each.split(",")} <= extras
+
+
 @pytest.mark.parametrize(
     ("arguments", "missing", "extra"),
     [
         (["generate", "fox", "a fox"], "mlflow", "serve"),
         (["serve", "--port", "0"], "fastapi", "serve"),
         (["demo"], "moto", "pipeline"),
+        (["compare", "--quick"], "ray", "train"),
     ],
 )
 def test_a_missing_package_names_the_extra_that_brings_it(
