@@ -122,12 +122,16 @@ class Jobs:
 
     def _check_port(self) -> None:
         """Ask for a connection, since Ray's client waits for one without an end."""
-        parts = urlsplit(self.address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"--address {self.address} must be http://host:port, of the dashboard")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
+            parts = urlsplit(self.address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(self.address)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname, port), timeout=5).close()
+        except ValueError:  # a port or a host's name that none can be, too
+            raise InputError(
+                f"--address {self.address} must be http://host:port, of the dashboard"
+            ) from None
         except OSError as error:
             raise self._away(error) from error
 
