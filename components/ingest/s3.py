@@ -140,7 +140,8 @@ def _raise_answer(what: str, error: Any) -> NoReturn:
             f"{what}: S3 refused the credentials ({code}): check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY, AWS_PROFILE and what they may read"
         ) from error
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed"):
+    later = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")
+    if status >= 500 or status == 429 or code in later:
         raise AwayError(f"{what}: S3 keeps answering {code or status}: try later") from error
     raise InputError(f"{what}: S3 answered {code or status}: {_first_line(error)}") from error
 

@@ -96,7 +96,7 @@ def test_a_fetch_is_cached_by_content_and_renewed_when_the_object_changes(
 
 
 @pytest.mark.parametrize(
-    "plan", [["cut"], ["flip"], ["503"], ["slow"], ["drop"], ["cut", "slow", "flip"]]
+    "plan", [["cut"], ["flip"], ["503"], ["slow"], ["drop"], ["late"], ["cut", "slow", "flip"]]
 )
 def test_a_fault_on_the_way_is_healed(
     s3_bucket: S3Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[str]
@@ -106,7 +106,7 @@ def test_a_fault_on_the_way_is_healed(
     (tmp_path / "in" / "a.jpg").write_bytes(data)
     store.put_folder(tmp_path / "in", f"{s3_bucket.uri}/p")
     monkeypatch.setattr(s3, "READ_SECONDS", 0.3)
-    faults = Faults(plan=list(plan))
+    faults = Faults(plan=list(plan), late_seconds=60)
     with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         (entry,) = store.list_folder(f"{s3_bucket.uri}/p")
@@ -238,6 +238,7 @@ ANSWERS = {
     "InvalidAccessKeyId": (403, InputError, "S3 refused the credentials (InvalidAccessKeyId)"),
     "SignatureDoesNotMatch": (403, InputError, "S3 refused the credentials"),
     "SlowDown": (503, ServiceError, "S3 keeps answering SlowDown: try later"),
+    "TooManyRequests": (429, ServiceError, "S3 keeps answering TooManyRequests: try later"),
     "InternalError": (500, ServiceError, "S3 keeps answering InternalError: try later"),
     "InvalidBucketName": (400, InputError, "S3 answered InvalidBucketName"),
 }

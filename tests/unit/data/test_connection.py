@@ -21,10 +21,10 @@ def test_a_database_that_cannot_be_made_or_opened_is_refused(tmp_path: Path) -> 
 def test_a_database_that_may_only_be_read_is_refused_when_it_is_written(tmp_path: Path) -> None:
     place = tmp_path / "mlflow.db"
     sqlite3.connect(place).close()
-    with sqlite3.connect(f"file:{place}?mode=ro", uri=True) as database:
-        with pytest.raises(InputError, match=f"may not write sqlite:///{place}"):
-            with reaching(f"sqlite:///{place}"):
-                database.execute("create table versions (name text)")
+    database = sqlite3.connect(f"file:{place}?mode=ro", uri=True)
+    refused = pytest.raises(InputError, match=f"may not write sqlite:///{place}")
+    with refused, reaching(f"sqlite:///{place}"):
+        database.execute("create table versions (name text)")
 
 
 def test_a_database_whose_driver_is_missing_is_refused() -> None:
