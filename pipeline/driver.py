@@ -135,7 +135,7 @@ class Driver:
 
     @property
     def _mend(self) -> str:
-        return f"echodistill retry {self._batch.id} --failed tries it again"
+        return f"echodistill retry {self._batch.uri} --failed tries it again"
 
     @property
     def _ended(self) -> bool:

@@ -230,6 +230,6 @@ def _left(one: ConceptState, state: BatchState, batch: Batch) -> ConceptState:
     if state == "cancelled":
         return replace(one, state="cancelled", note="")
     why = "its driver is gone" if state == "interrupted" else "its driver could not go on"
-    return replace(
-        one, state="interrupted", error=f"{why}: echodistill retry {batch.id} goes on where it was"
-    )
+    # By URI: a name alone is looked for below this machine's own storage.
+    told = f"{why}: echodistill retry {batch.uri} goes on where it was"
+    return replace(one, state="interrupted", error=told)

@@ -143,6 +143,7 @@ def test_what_the_documents_say(tmp_path: Path) -> None:
     status = view.read()
     assert status.state == "interrupted" and status.over
     assert [one.state for one in status.concepts] == ["already", "interrupted", "invalid", "failed"]
-    assert f"retry {batch.id}" in (status.concepts[1].error or "")
+    # Advice that works from everywhere: a name alone is looked for below `runs/train`.
+    assert f"echodistill retry {batch.uri} goes on" in (status.concepts[1].error or "")
     documents.write(f"{batch.uri}/{LEASE}", {**alive, "ended": "cancelled"})
     assert [one.state for one in view.read().concepts][1] == "cancelled"
