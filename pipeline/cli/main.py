@@ -7,6 +7,7 @@ needs its own extra and no other.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -35,6 +36,8 @@ from pipeline.cli.output import Output
 from pipeline.scratch import end_at_once
 
 OK, SOME_FAILED, WRONG_INPUT, NO_SERVICE, OUR_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
+# As a shell says of tools that end when who reads them does (`... | head`).
+UNREAD = 128 + signal.SIGPIPE
 
 # The extra that a command needs; `check` needs none.
 EXTRA_OF = {
@@ -139,10 +142,14 @@ def run(arguments: list[str], output: Output) -> int:
         return _interrupted(output) if code == INTERRUPTED else int(code or OK)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(output)
-    except Exception as error:
+    except (Exception, SystemExit) as raised:
+        # typer and rich make an exit of a pipe that broke, any pipe.
+        error = raised.__context__ or raised if isinstance(raised, SystemExit) else raised
         cause = caused_by(error)
         if isinstance(cause, KeyboardInterrupt):
             return _interrupted(output)
+        if isinstance(cause, BrokenPipeError) and output.unread():
+            return UNREAD
         message, code = describe(cause, arguments[0])
         if output.debug:
             traceback.print_exception(error, file=sys.stderr)
@@ -169,7 +176,9 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        code = code or OK
+        code = UNREAD
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if abandoned():
         end_at_once(code)
     sys.exit(code)

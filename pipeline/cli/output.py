@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -81,11 +82,19 @@ class Output:
 
     def fail(self, message: str, code: int) -> None:
         """One sentence on stderr, and with `--json` a document too unless one was written."""
-        # Not as markup: what is wrong may hold brackets.
-        self.errors.print(f"error: {message}", style="bold red", markup=False)
-        self._stderr.flush()
-        if self.as_json and self.document is None:
-            self.finish({"error": {"message": message, "exit_code": code}})
+        with suppress(BrokenPipeError, SystemExit):  # rich makes an exit of a pipe that broke
+            # Not as markup: what is wrong may hold brackets.
+            self.errors.print(f"error: {message}", style="bold red", markup=False)
+        with suppress(BrokenPipeError):
+            if self.as_json and self.document is None:
+                self.finish({"error": {"message": message, "exit_code": code}})
+
+    def unread(self) -> bool:
+        """Whether who read stdout or stderr is gone, as after `| head`."""
+        poll = select.poll()
+        for stream in (self._stdout, self._stderr):
+            poll.register(stream, 0)  # that nobody reads is always told
+        return bool(poll.poll(0))
 
     @contextmanager
     def noise_to(self, log: Path | None) -> Iterator[None]:

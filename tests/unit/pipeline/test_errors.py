@@ -1,6 +1,7 @@
 """What an error becomes: a sentence and an exit code."""
 
 import errno
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from model.errors import EchoDistillError, InputError, ServiceError
 from pipeline.cli.main import EXTRA_OF, app, caused_by, describe, run
 from pipeline.cli.output import Output
+from tests.tiny import write_concepts
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,38 @@ def test_a_missing_package_names_the_extra_that_brings_it(
     told = capfd.readouterr().err
     assert f"{arguments[0]} needs {missing}" in told
     assert f"pip install 'echodistill[{extra}]'" in told
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_command_whose_reader_is_gone_ends_as_other_tools_do(
+    as_json: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_concepts(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    saved = os.dup(1)
+    os.dup2(writer, 1)
+    # rich leads the descriptor of stdout elsewhere.
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    try:
+        assert run(["check", str(tmp_path)], Output(as_json=as_json)) == 141
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert capfd.readouterr().err == ""
+
+
+def test_another_pipe_that_breaks_has_its_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(prefix: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("components.ingest.concept_folder.check_prefix", broken)
+    for name in ("stdout", "stderr"):  # typer puts others in their place
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    assert run(["check", "photos"], Output()) == 4
+    assert "error: an error of ours: BrokenPipeError" in capfd.readouterr().err
