@@ -85,6 +85,44 @@ def register(batch: Batch, digests: dict[str, str], uri: str) -> None:
         client.set_registered_model_alias(model_name(name), CHAMPION, "1")
 
 
+def measure(count: int, registry: bool, folder: Path) -> None:
+    """Measure the stages of a batch of `count` concepts, below `folder`."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    spec = resolve_spec("pocket", None, ["pack.size=4", f'tracking.uri="{uri}"'])
+    spec = at_storage(spec, str(folder))
+    find_versions({}, "", tracking_uri=uri)  # makes the database
+    with stage("plan and write"):
+        batch = planned(count, spec, uri)
+    lease = Lease(batch.uri, "job")
+    driver = Driver(load_batch(batch.uri), lease, silent, Event())
+    with stage("driver: digests, registry, queue"):
+        driver._prepare(failed=False)
+    claims = Claims(str(folder), lease)
+    with stage("driver: claims and states of every pack"):
+        for number, names in enumerate(batch.packs):
+            taken = [claims.take(driver._digests[name], "run") for name in names]
+            for name in names:
+                driver._settle(number, ConceptResult(name, "trained", version="1"))
+            driver._states.save()
+            for claim in filter(None, taken):
+                claims.release(claim)
+    lease.end("done")
+    view = BatchView(batch.uri)
+    with stage("status"):
+        status = view.read()
+    with stage("status, nothing new"):
+        view.read()
+    assert status.counts == {"trained": count}
+    if registry:
+        register(batch, driver._digests, uri)
+        again = planned(count, spec, uri)
+        lease = Lease(again.uri, "job")
+        with stage("resubmission: all found in the registry"):
+            left = Driver(load_batch(again.uri), lease, silent, Event()).run()
+        lease.end("done")
+        assert {one.state for one in left.values()} == {"already"}
+
+
 def main() -> None:
     """Measure one size."""
     parser = argparse.ArgumentParser()
@@ -92,40 +130,7 @@ def main() -> None:
     parser.add_argument("--registry", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        uri = f"sqlite:///{Path(folder) / 'mlflow.db'}"
-        spec = resolve_spec("pocket", None, ["pack.size=4", f'tracking.uri="{uri}"'])
-        spec = at_storage(spec, folder)
-        find_versions({}, "", tracking_uri=uri)  # makes the database
-        with stage("plan and write"):
-            batch = planned(given.count, spec, uri)
-        lease = Lease(batch.uri, "job")
-        driver = Driver(load_batch(batch.uri), lease, silent, Event())
-        with stage("driver: digests, registry, queue"):
-            driver._prepare(failed=False)
-        claims = Claims(folder, lease)
-        with stage("driver: claims and states of every pack"):
-            for number, names in enumerate(batch.packs):
-                taken = [claims.take(driver._digests[name], "run") for name in names]
-                for name in names:
-                    driver._settle(number, ConceptResult(name, "trained", version="1"))
-                driver._save()
-                for claim in filter(None, taken):
-                    claims.release(claim)
-        lease.end("done")
-        view = BatchView(batch.uri)
-        with stage("status"):
-            status = view.read()
-        with stage("status, nothing new"):
-            view.read()
-        assert status.counts == {"trained": given.count}
-        if given.registry:
-            register(batch, driver._digests, uri)
-            again = planned(given.count, spec, uri)
-            lease = Lease(again.uri, "job")
-            with stage("resubmission: all found in the registry"):
-                left = Driver(load_batch(again.uri), lease, silent, Event()).run()
-            lease.end("done")
-            assert {one.state for one in left.values()} == {"already"}
+        measure(given.count, given.registry, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps({"concepts": given.count, "seconds": seconds, "peak_mib": round(peak)}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 from PIL import Image
@@ -24,9 +25,12 @@ from components.train.batch import (
     storage_for,
     upload_photos,
 )
-from components.train.claims import LEASE
+from components.train.claims import LEASE, Lease
 from components.train.state import FOUND, PACKS, BatchView, ConceptState, as_facts
 from model.errors import InputError
+from pipeline.driver import Driver
+from pipeline.progress import silent
+from pipeline.run import ConceptResult
 from tests.conftest import S3Bucket
 
 
@@ -147,3 +151,16 @@ def test_what_the_documents_say(tmp_path: Path) -> None:
     assert f"echodistill retry {batch.uri} goes on" in (status.concepts[1].error or "")
     documents.write(f"{batch.uri}/{LEASE}", {**alive, "ended": "cancelled"})
     assert [one.state for one in view.read().concepts][1] == "cancelled"
+
+
+def test_a_failed_concept_names_the_command_that_tries_it_again(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "a")
+    lease = Lease(batch.uri, "job")
+    try:
+        driver = Driver(batch, lease, silent, Event())
+        driver._states.by_id = {"a": ConceptState("a")}
+        driver._settle(0, ConceptResult("a", "failed", error="it broke"))
+        note = driver._states["a"].note
+    finally:
+        lease.end("done")
+    assert note == f"echodistill retry {batch.uri} --failed tries it again"
