@@ -338,7 +338,10 @@ def _checked_bytes(image: ReferenceImage, cache: Path | None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} can't be read on this machine: {error.strerror}") from error
+        raise InputError(
+            f"{path} can't be read on this machine ({error.strerror}): put it back, or run the "
+            "check again"
+        ) from error
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise InputError(f"{image.uri} changed since it was checked: run the check again")
     return data

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from components.spec import resolve_spec
 from components.train.checkpoint import ConceptState, write_state
 from components.train.loop import Block, Watcher
 from components.train.members import Member
@@ -31,6 +32,7 @@ from tests.unit.train.ranks import on_ranks
 STAGES = (0, 1, 2, 3)
 # One step of plain SGD without decay moves a weight by the rate times its clipped gradient.
 SGD = ("train.optimizer=sgd", "train.weight_decay=0", "train.iterations=1", "echo.rounds=0")
+CLIP = 0.005  # under every gradient's norm
 # Parts of the method that are left out, to compare with.
 METHODS = {
     "teacher alone": ("method.order=teacher",),
@@ -92,6 +94,8 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     }
     results["reversed"] = states(trained(spec, concepts[::-1]))
     results["bf16"] = states(trained(tiny_spec(paths, "train.precision=bf16"), concepts))
+    clipped = tiny_spec(paths, *SGD, f"train.clip_norm={CLIP}")
+    results["clipped"] = states(trained(clipped, concepts))
     results["no adversary"] = states(trained(tiny_spec(paths, "loss.adv_weight=0"), concepts))
     results["swd"] = states(trained(tiny_spec(paths, "loss.perceptual=swd"), concepts))
     for name, settings in METHODS.items():
@@ -186,15 +190,21 @@ def test_clipped_gradients_are_the_same(one, two, stage, name):
 
 
 def test_gradients_are_clipped_to_the_norm_per_concept_and_group(one):
-    rates = {"teacher.kv": 5e-4, "teacher.rows": 5e-3, "student.kv": 3e-4}
-    for name, state in one["sgd.0"].items():
+    train = resolve_spec("pocket").train
+    rates = {
+        "teacher.kv": train.teacher_lr,
+        "teacher.rows": train.token_lr,
+        "student.kv": train.student_lr,
+    }
+    for name, state in one["clipped"].items():
         first, last = weights(one["start"][name]), weights(state)
         squares = {
-            key: ((last[key] - first[key]) / rates.get(key, 1e-3)).square().sum() for key in last
+            key: ((last[key] - first[key]) / rates.get(key, train.head_lr)).square().sum()
+            for key in last
         }
         for group in ("teacher", "student", "heads"):
             norm = sum(v for key, v in squares.items() if key.startswith(group)) ** 0.5
-            assert 0 < norm <= 1.01, (name, group, norm)
+            assert float(norm) == pytest.approx(CLIP, rel=0.05), (name, group)
 
 
 def test_a_pack_of_two_is_two_packs_of_one(one):
