@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Debug, Json, Prefix
+from pipeline.cli.options import Base, Debug, Json, Prefix, Sets, SpecFile
 from pipeline.cli.output import Output
+from pipeline.cli.train import _resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,20 +29,26 @@ def check(
             "random views of it. The darkened parts of a view do not count.",
         ),
     ] = None,
+    base: Base = None,
+    spec: SpecFile = None,
+    sets: Sets = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check concepts: images, class nouns, tokens. Exit code 1 when one is not valid."""
+    """Check concepts: images, class nouns, tokens. Exit code 1 when one is not valid.
+
+    The run spec is for --grid: give the one that training will have.
+    """
     from components.ingest.concept_folder import check_prefix
 
     output: Output = context.obj
+    resolved = _resolve(base, spec, sets or [], None)
     checked = check_prefix(prefix)
     if grid is not None:
-        from components.spec import resolve_spec
         from pipeline.preview import write_view_grid
 
         concepts = [one.concept for one in checked if one.concept is not None]
-        write_view_grid(concepts, resolve_spec(), grid)
+        write_view_grid(concepts, resolved, grid)
     document: dict[str, Any] = {"concepts": [as_json(one) for one in checked]}
     if grid is not None:
         document["grid"] = str(grid)

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,10 +66,21 @@ def test_concepts_on_s3(prefix: Path, tmp_path: Path, s3_bucket: S3Bucket) -> No
 
 
 def test_the_grid_shows_every_photo_and_its_views(prefix: Path, tmp_path: Path) -> None:
-    done = run("check", str(prefix), "--grid", "views/grid.png", "--json", cwd=tmp_path)
+    words = ("check", str(prefix), "--grid", "views/grid.png", "--base", "sd-turbo", "--json")
+    done = run(*words, cwd=tmp_path)
     assert done.code == 0 and done.document["grid"] == "views/grid.png"
     with Image.open(tmp_path / "views/grid.png") as sheet:
         assert sheet.size == (128 * 6, 2 * (3 * 128 + 20))
+        grey = np.asarray(sheet.convert("L"))
+    rows = np.stack([grey[20 : 20 + 384], grey[424 : 424 + 384]]).reshape(6, 128, 6, 128)
+    photos, views = rows[:, :, 0], rows[:, :, 1:].swapaxes(1, 2)
+    # From dark to light, as the photos are.
+    assert (photos[:, :16] < 60).all() and (photos[:, -16:] > 195).all()
+    assert (views.std(axis=(2, 3)) > 10).all()
+    # This base's views are pasted on an empty canvas two times in three, pocket's never: what is
+    # left empty does not count, so it is darkened.
+    pasted = (views == 51).mean(axis=(2, 3)) > 0.02
+    assert 0.4 < pasted.mean() < 0.9
 
 
 def refused(done: Finished, code: int, *words: str) -> None:
@@ -145,7 +157,7 @@ def test_a_full_disk_while_the_grid_is_written(prefix: Path, tmp_path: Path) -> 
 def test_help_names_every_option() -> None:
     done = run("check", "--help", cwd=Path("."))
     assert done.code == 0
-    for option in ("--grid", "--json", "--debug", "PREFIX"):
+    for option in ("--grid", "--base", "--spec", "--set", "--json", "--debug", "PREFIX"):
         assert option in done.stdout
 
 
