@@ -19,7 +19,7 @@ def problems(plan: Plan, report: Report) -> list[str]:
             found.append(f"{name} is {state}: {report.errors.get(name, 'no reason given')}")
         if report.versions[name] != 1:
             found.append(f"{name} has {report.versions[name]} versions")
-        if report.apart.get(name, 1.0) > TOLERANCE:
+        if not report.apart.get(name, 1.0) <= TOLERANCE:  # NaN is no agreement
             found.append(f"{name} is {report.apart[name]:.1e} of the largest movement off")
     if len(report.states) != plan.concepts:
         found.append(f"there are {len(report.states)} concepts")

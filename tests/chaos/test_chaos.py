@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.chaos import KINDS, Plan, chaos, table
+from tests.chaos.chaos import KINDS, Plan, Report, chaos, table
 from tests.chaos.checks import problems
+
+
+@pytest.mark.parametrize(("apart", "agrees"), [(0.0, True), (0.1, False), (math.nan, False)])
+def test_only_a_small_difference_is_agreement(apart: float, agrees: bool) -> None:
+    report = Report(1.0, [], {"dog": "trained"}, {"dog": 1}, {"dog": apart}, 1)
+    plan = Plan(concepts=1, faults=0, pack=1, iterations=1)
+    assert (problems(plan, report) == []) is agrees
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from components.ingest.concept_folder import Concept
 from components.ingest.store import resolve_model
 from components.spec import RunSpec, with_settings
@@ -28,8 +30,8 @@ def differences(
     spec: RunSpec, concepts: Sequence[Concept], found: Path, expected: Path
 ) -> dict[str, float]:
     """Return how far adapters are apart, by concept id: 0 for equal files, else the largest
-    difference of a weight as a part of the largest movement that training made; infinite for one
-    that was not found."""
+    difference of a weight as a part of the largest movement that training made (NaN where nothing
+    moved); infinite for one that was not found."""
     places = [resolve_model(ref) for ref in (spec.base.teacher, spec.base.student)]
     pair = load_base_pair(*places, name=spec.base.name, resolution=spec.resolution)
     apart = {}
@@ -43,6 +45,7 @@ def differences(
             (one.student_weight(pair), other.student_weight(pair), pair.student_kv),
             (one.token_rows, other.token_rows, row),
         ]
-        parts = [float((a - b).abs().max() / (b - start).abs().max()) for a, b, start in pairs]
-        apart[concept.id] = 0.0 if one.sha256 == other.sha256 else max(parts)
+        parts = [(a - b).abs().max() / (b - start).abs().max() for a, b, start in pairs]
+        # Python's max() may lose a NaN (of what never moved), torch's does not.
+        apart[concept.id] = 0.0 if one.sha256 == other.sha256 else float(torch.stack(parts).max())
     return apart
