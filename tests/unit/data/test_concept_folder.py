@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from components.ingest import concept_folder as concept_folder_module
 from components.ingest import pictures
 from components.ingest.concept_folder import (
     CheckedConcept,
@@ -21,6 +22,7 @@ from components.ingest.concept_folder import (
     concept_digest,
     load_images,
 )
+from model import METHOD_VERSION
 from model.errors import InputError
 from tests.unit.data.pictures import concept_folder, encoded, photo
 
@@ -380,7 +382,9 @@ def test_an_image_that_changed_after_the_check_is_refused(tmp_path: Path) -> Non
         load_images(concept)
 
 
-def test_the_digest_covers_what_training_depends_on_and_nothing_else(tmp_path: Path) -> None:
+def test_the_digest_covers_what_training_depends_on_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     concept_folder(tmp_path / "a", "dog", facts="class_noun: dog")
     concept_folder(tmp_path / "b", "dog", facts="class_noun: dog")
     one, two = check_one(tmp_path / "a").concept, check_one(tmp_path / "b").concept
@@ -400,7 +404,10 @@ def test_the_digest_covers_what_training_depends_on_and_nothing_else(tmp_path: P
     assert replace(one, live=not one.live).digest == one.digest
     digest = concept_digest(one, "spec", "base")
     assert digest == concept_digest(two, "spec", "base")
-    assert len({digest, concept_digest(one, "x", "base"), concept_digest(one, "spec", "x")}) == 3
+    others = [concept_digest(one, "x", "base"), concept_digest(one, "spec", "x")]
+    monkeypatch.setattr(concept_folder_module, "METHOD_VERSION", METHOD_VERSION + 1)
+    others.append(concept_digest(one, "spec", "base"))
+    assert len({digest, *others}) == 4
 
 
 @pytest.mark.skipif(not DREAMBENCH.is_dir(), reason="DREAMBENCH names no folder")
