@@ -7,6 +7,7 @@ the cleaning to those who made the files: they may be dead, or wait for somebody
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import psutil
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Sockets have paths of at most 107 characters, of which Ray takes 63 and the folder's name 21.
 _LONGEST_PARENT = 20
 _open: set[Path] = set()
+_PREFIX, _OWNER = "echodistill-", "owner"
 
 
 @contextmanager
@@ -34,12 +36,16 @@ def scratch_folder() -> Iterator[Path]:
     """
     parent, before = tempfile.gettempdir(), (tempfile.tempdir, os.environ.get("TMPDIR"))
     short = len(parent) <= _LONGEST_PARENT or not os.access("/tmp", os.W_OK)
-    folder = Path(tempfile.mkdtemp(prefix="echodistill-", dir=None if short else "/tmp"))
+    place = parent if short else "/tmp"
+    _clear_abandoned(Path(place))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    owner = _lock(folder)
     _open.add(folder)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     try:
         yield folder
     finally:
+        owner.close()
         tempfile.tempdir, variable = before
         if variable is None:
             os.environ.pop("TMPDIR", None)
@@ -47,6 +53,22 @@ def scratch_folder() -> Iterator[Path]:
             os.environ["TMPDIR"] = variable
         _clear(folder)
         _open.discard(folder)
+
+
+def _lock(folder: Path) -> TextIO:
+    """Mark a folder as in use for as long as this process lives, however it ends."""
+    file = (folder / "new").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.rename(folder / "new", folder / _OWNER)  # locked from the moment at which it can be seen
+    return file
+
+
+def _clear_abandoned(parent: Path) -> None:
+    """End and remove what an owner left that was killed."""
+    for mark in parent.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError), mark.open("a") as file:  # in use, or somebody else's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _clear(mark.parent)
 
 
 def end_at_once(code: int) -> NoReturn:
