@@ -65,6 +65,7 @@ class DemoOutcome:
 
     folder: Path
     summary: dict[str, Any]
+    results: Sequence[ConceptResult]
 
     @property
     def report(self) -> Path:
@@ -78,8 +79,8 @@ class DemoOutcome:
 
     @property
     def all_good(self) -> bool:
-        """Whether every concept has an adapter."""
-        return all(c["state"] in ("trained", "already") for c in self.summary["concepts"])
+        """Whether every concept has an adapter that passed its gate."""
+        return all(result.good for result in self.results)
 
 
 def run_demo(
@@ -130,7 +131,7 @@ def run_demo(
         total_seconds=time.monotonic() - start,
         stage_seconds=clock.seconds,
     )
-    return DemoOutcome(folder, summary)
+    return DemoOutcome(folder, summary, results)
 
 
 def _upload(concepts: Sequence[Path], progress: Progress) -> str:

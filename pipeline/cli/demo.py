@@ -40,7 +40,7 @@ def demo(
     """Train two sample concepts end to end, serve them and write a report.
 
     Starts an S3 server and a Ray of its own and stops them again. A second run trains nothing
-    that is done.
+    that is done. Exit code 1 when a concept failed or did not pass the gate against its champion.
     """
     output: Output = context.obj
     from components.spec import resolve_spec
