@@ -14,7 +14,7 @@ from typing import Any
 
 from components.ingest.store import resolve_model
 from components.spec import RunSpec
-from model.errors import EchoDistillError, ServiceError
+from model.errors import EchoDistillError, InputError, ServiceError
 from pipeline.progress import Event, Progress
 from pipeline.run import ConceptResult
 from pipeline.tracking import tracking_uri
@@ -47,6 +47,7 @@ def ask_endpoint(
     Prompts hold `{}` for the class noun. Returns answers by concept id, in the prompts' order.
 
     Raises:
+        InputError: when the endpoint refuses a prompt.
         ServiceError: when the endpoint does not start or answer.
         EchoDistillError: when it answers with another version than the one that was registered.
     """
@@ -117,6 +118,7 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             return answer
     except urllib.error.HTTPError as error:
         said = error.read().decode("utf-8", "replace")[:300]
-        raise ServiceError(f"the endpoint at {url} answered {error.code}: {said}") from error
+        kind = InputError if error.code == 400 else ServiceError  # 400: what was asked is wrong
+        raise kind(f"the endpoint at {url} answered {error.code}: {said}") from error
     except (urllib.error.URLError, OSError) as error:
         raise ServiceError(f"the endpoint at {url} did not answer: {error}") from error
