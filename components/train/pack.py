@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from components.train.job import (
 )
 from components.train.progress import TrainEvent, make_board, relayed
 from model import errors
-from model.errors import EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
 
 # Read by a worker's libraries as they load. Threads that wait actively take the cores from the
 # threads that they wait for as soon as anything else runs: an iteration then takes ten times as
@@ -92,14 +93,15 @@ def train_pack(
         base=base_hash(spec),
     )
     try:
-        with relayed(board, progress):
+        with relayed(board, progress), _reading(storage):
             checkpoint = _fit(job, storage)
         _raise_fatal(board)
     finally:
         _end(board)
     if isinstance(checkpoint, str):
         return [TrainedConcept(concept.id, "failed", error=checkpoint) for concept in concepts]
-    return _results(checkpoint, concepts, adapters_folder(storage, name))
+    with _reading(storage):
+        return _results(checkpoint, concepts, adapters_folder(storage, name))
 
 
 def _check(spec: RunSpec, concepts: Sequence[Concept]) -> None:
@@ -187,9 +189,22 @@ def _ray_broke(job: PackJob, error: Exception) -> ServiceError:
     return ServiceError(f"Ray broke while it trained {job.run_name}: {_reason(error)}")
 
 
+@contextmanager
+def _reading(storage: str) -> Iterator[None]:
+    """Turn what Ray Train and pyarrow raise of a storage in the block into our errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise disk_error(error, storage) from error
+        check_storage(storage)
+        raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
+
+
 def _of_storage(error: Any) -> bool:
-    """Tell whether a worker broke because Ray Train could not read or write on S3."""
-    failures = getattr(error, "worker_failures", {}).values()
+    """Tell whether workers or their controller broke because of an answer of S3's."""
+    failures = [*getattr(error, "worker_failures", {}).values()]
+    failures.append(getattr(error, "controller_failure", None))
     causes = [getattr(failure, "_base_exc", failure) for failure in failures]
     return any(isinstance(cause, OSError) and "AWS Error" in str(cause) for cause in causes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from components.spec import resolve_spec
 from components.train.job import BasePaths, PackJob
-from components.train.pack import _fit
+from components.train.pack import _fit, _reading
 from model.errors import ServiceError
 
 
@@ -30,6 +31,27 @@ def test_a_node_that_dies_while_workers_start_is_rays_failure(
     job = PackJob(spec, (), BasePaths.from_spec(spec), "a-run", None)
     with pytest.raises(ServiceError, match="Ray broke while it trained a-run: "):
         _fit(job, str(tmp_path))
+
+
+AWAY = OSError("When listing objects under key 'a': AWS Error NETWORK_CONNECTION: Empty reply")
+
+
+def test_what_s3_breaks_for_ray_is_no_concepts_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(_: Any) -> None:
+        raise ControllerError(AWAY)
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    spec = resolve_spec("pocket", None, ["train.device=cpu"])
+    job = PackJob(spec, (), BasePaths.from_spec(spec), "a-run", None)
+    with pytest.raises(ServiceError, match="was away for a while: .*Empty reply"):
+        _fit(job, str(tmp_path))
+    away = pytest.raises(ServiceError, match="was away for a while: .*Empty reply")
+    with away, _reading(str(tmp_path)):
+        raise AWAY
+    with pytest.raises(ServiceError, match="no space left"), _reading(str(tmp_path)):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_breaks_in_training_is_the_concepts_failure(
