@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SIDE = 128
 VIEWS = 5
 HEADER = 20
+LATENT_PIXEL = 8  # of common bases; masks are made of them
 
 
 def write_view_grid(concepts: Sequence[Concept], spec: RunSpec, path: Path) -> None:
@@ -42,7 +43,14 @@ def write_view_grid(concepts: Sequence[Concept], spec: RunSpec, path: Path) -> N
         )
         images = load_images(concept, shorter_side=2 * SIDE)
         pixels, _ = reference_grid(
-            concept.id, images, text, SIDE, spec.views, seed=spec.seed, views=VIEWS
+            concept.id,
+            images,
+            text,
+            SIDE,
+            spec.views,
+            seed=spec.seed,
+            views=VIEWS,
+            factor=max(1, LATENT_PIXEL * SIDE // spec.resolution),
         )
         title = f"{concept.id}: {text.phrase}, {len(images)} photos"
         blocks.append((title, Image.fromarray(pixels.permute(1, 2, 0).numpy())))

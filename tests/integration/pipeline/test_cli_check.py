@@ -81,6 +81,11 @@ def test_the_grid_shows_every_photo_and_its_views(prefix: Path, tmp_path: Path) 
     # left empty does not count, so it is darkened.
     pasted = (views == 51).mean(axis=(2, 3)) > 0.02
     assert 0.4 < pasted.mean() < 0.9
+    for view in views[pasted]:
+        last, last_counted = (
+            np.flatnonzero(here.any(axis=1))[-1] for here in (view != 51, view > 102)
+        )
+        assert 0 < last - last_counted <= 4, "a mask is as narrow as at this base's resolution"
 
 
 def refused(done: Finished, code: int, *words: str) -> None:
