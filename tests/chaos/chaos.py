@@ -134,7 +134,8 @@ class Chaos:
                     say(f"{second:6.1f} s  {reached:4d}/{total}  {self.kinds[count]:<7} {what}")
                     moved = time.monotonic()
             if time.monotonic() - moved > PATIENCE:
-                raise AssertionError(f"{status.as_json()}\n{jobs.logs(batch)[-8000:]}")
+                words = (status.as_json(), self._nodes.status(), jobs.logs(batch)[-8000:])
+                raise AssertionError("\n".join(map(str, words)))
             time.sleep(_LEASE_LOOK)
 
     def _shuffled(self) -> list[str]:

@@ -94,6 +94,12 @@ class Nodes:
                 self._workers.append(node)
                 return
 
+    def status(self) -> str:
+        """Say which nodes there are, what of them is taken, and what waits for room."""
+        command = [str(_RAY), "status", "--address", f"127.0.0.1:{self._gcs}"]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
     def wait(self) -> None:
         """Wait until all nodes that were started have come."""
         for thread in self._threads:
