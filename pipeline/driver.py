@@ -29,6 +29,7 @@ from components.train.claims import Claim, Claims, Lease
 from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
 from model.errors import AwayError, EchoDistillError, ServiceError
 from pipeline.metrics import BatchMetrics
+from pipeline.orphans import remove_orphaned_groups
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.parent_run import end_with_batch, parent_of_batch
 from pipeline.progress import Event, Progress
@@ -121,6 +122,7 @@ class Driver:
                     self._look()
                     self._states.save()
                     self._metrics.now(self._states.by_id.values())
+                    _give_room_back()
                     looked = time.monotonic()
         finally:
             for flight in self._flights.values():
@@ -401,6 +403,17 @@ def _actor(order: PackOrder) -> Any:
     # Spread, for the machine of the driver would have to hold all packs' results otherwise.
     options = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
     return ray.remote(PackRun).options(**options).remote(order)
+
+
+def _give_room_back() -> None:
+    """Free what packs that died have left taken; a pack never fails for this."""
+    try:
+        removed = remove_orphaned_groups()
+    except Exception as error:  # Ray's head may be away: the next look tries again
+        log.warning("placement groups could not be looked through: %s", error)
+    else:
+        if removed:
+            log.warning("%d placement groups of processes that died were removed", removed)
 
 
 def _kill(actor: Any) -> None:
