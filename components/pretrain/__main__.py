@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import typer
@@ -66,9 +66,10 @@ def train(
 @app.command("take-shipped")
 def take_shipped(
     work: Work = _WORK,
-    anew: Annotated[
-        str, typer.Option(help="Stages to train, comma-separated.")
-    ] = "teacher,student",
+    anew: Annotated[str, typer.Option(help="Stages to train from nothing, comma-separated.")] = "",
+    further: Annotated[
+        str, typer.Option(help="Stages to train from what is shipped: clip, vae, teacher.")
+    ] = "",
     dry: Annotated[bool, typer.Option(help="For `train --dry`.")] = False,
 ) -> None:
     """Take the shipped networks over, so that `train` trains some stages and keeps the others."""
@@ -76,7 +77,8 @@ def take_shipped(
     from components.pretrain.recipe import take_over
 
     state = _state(work, dry)
-    take_over(state, shipped_pair().networks(), [name for name in anew.split(",") if name])
+    stages = ([name for name in text.split(",") if name] for text in (anew, further))
+    take_over(state, shipped_pair().networks(), *stages)
     typer.echo(f"{state}")
 
 
@@ -87,22 +89,33 @@ def evaluate(
     device: Device = _DEVICE,
     count: Annotated[int, typer.Option(help="Compositions for text agreement; 0: none.")] = 96,
     samples: Annotated[Path | None, typer.Option(help="Write a grid of pictures there.")] = None,
+    unseen: Annotated[
+        Path | None,
+        typer.Option(help="Write 40 one-step pictures of unseen combinations, drawn by lot."),
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Time the parts of one picture.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
 ) -> None:
     """Print the pair's figures as JSON; text agreement needs the built world, the rest does not."""
     from components.pretrain import evaluate as of
+    from components.pretrain.training import write_text
 
     if threads:
         torch.set_num_threads(threads)
-    world = _world(work, device) if count else None
+    apart = _world(work, device, drawn="unseen") if count else None
     networks, painter = _pair(pair, work, device)
     figures: dict[str, float] = dict(of.parameters(networks))
-    if world:
-        figures |= of.measure(painter, networks.clip, world, count)
-        for kind, shown in (("seen", world), ("held_out", _world(work, device, held_out=True))):
-            named = of.naming(painter, networks.clip, shown, 4 * count)
+    if apart:
+        figures |= of.measure(painter, networks.clip, apart, count)
+        for kind, held_out in (("seen", False), ("held_out", True)):
+            named = of.naming(painter, networks.clip, _world(work, device, held_out), 4 * count)
             figures |= {f"names_{kind}_{key}": value for key, value in named.items()}
+    if unseen:
+        if apart is None:
+            raise InputError("--unseen needs the world: give --count 1 or more.")
+        picture, captions = of.unseen(painter, apart)
+        picture.save(unseen, quality=80, method=6)
+        write_text(unseen.with_suffix(".txt"), "\n".join(captions) + "\n")
     if speed:
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
     if samples:
@@ -147,11 +160,16 @@ def _built_world(work: Path) -> None:
         raise InputError(f"No world is built in {work / 'world'}: run build-world first.")
 
 
-def _world(work: Path, device: str, held_out: bool = False) -> World:
+def _world(
+    work: Path,
+    device: str,
+    held_out: bool = False,
+    drawn: Literal["all", "unseen"] = "all",
+) -> World:
     from components.pretrain.world import World
 
     _built_world(work)
-    return World(work / "world", device, held_out)
+    return World(work / "world", device, held_out, drawn)
 
 
 def _pair(which: str, work: Path, device: str) -> tuple[Pair, Painter]:

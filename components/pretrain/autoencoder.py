@@ -44,10 +44,23 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train_vae(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Trainee:
-    """L1 + L2 + edges, then also the critic's features and its opinion (from a fifth on)."""
+def train_vae(
+    stage: Stage,
+    world: World,
+    dtype: torch.dtype,
+    batch: int,
+    start: dict[str, Tensor] | None = None,
+) -> Trainee:
+    """L1 + L2 + edges, then also the critic's features and its opinion (from a fifth on).
+
+    With `start`, the weights of an earlier VAE, only the decoder learns: what latents mean stays.
+    """
     torch.manual_seed(3)
-    trainee = Trainee(networks.vae(), world.device, dtype, (0.9, 0.99), ema=0.998)
+    vae = networks.vae()
+    if start is not None:
+        vae.load_state_dict(start)
+    learns = "decoder." if start is not None else ""
+    trainee = Trainee(vae, world.device, dtype, (0.9, 0.99), ema=0.998, learns=learns)
     critic = Trainee(Critic(), world.device, dtype, (0.5, 0.9), ema=0.9)
     stage.resume({"vae": trainee, "critic": critic})
     gen = world.generator(33)
@@ -58,7 +71,8 @@ def train_vae(stage: Stage, world: World, dtype: torch.dtype, batch: int) -> Tra
         critic.lr.fill_(3e-4 * rate)
         with torch.no_grad():
             x = world.render(world.sample(batch, gen))[0]
-        posterior = trainee.net.encode(x.to(dtype)).latent_dist
+        with torch.set_grad_enabled(start is None):
+            posterior = trainee.net.encode(x.to(dtype)).latent_dist
         mu, spread = posterior.mean.float(), posterior.std.float()
         z = mu + spread * torch.randn(mu.shape, device=mu.device, generator=gen)
         y = trainee.net.decode(z.to(dtype)).sample

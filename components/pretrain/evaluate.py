@@ -28,7 +28,7 @@ PROMPTS = [
     "a photo of a blue teapot on a purple rug",
     "a photo of a backpack in the jungle",
     "a photo of a robot in space",
-    "a photo of a green dragon on a cobblestone street",
+    "a photo of a green frog on a cobblestone street",
     "a dog wearing a top hat in the snow",
     "a cat wearing a crown on pink fabric",
     "a photo of a cat and a dog on the beach",
@@ -56,6 +56,25 @@ def samples(painter: Painter, seed: int = 1) -> Image.Image:
     return grid(torch.cat(rows), COLUMNS)
 
 
+def unseen(painter: Painter, world: World, count: int = 40, seed: int = 7) -> Any:
+    """Pictures of the student in one step for captions drawn by lot, and these captions.
+
+    Args:
+        painter: the pair.
+        world: with `drawn="unseen"`: subjects in scenes where the pair never saw them.
+        count: pictures.
+        seed: of captions and noise.
+
+    Returns:
+        (grid of the pictures, captions in reading order).
+    """
+    gen = world.generator(seed)
+    scenes = world.sample(2 * count, gen, alone=True, zoom=NORMAL)
+    pieces = world.captions(scenes, gen)
+    captions = world.captioner.text(pieces[pieces[:, -1] > 0][:count])  # the scene is named
+    return grid(painter.draw(captions, seed), 10), captions
+
+
 @torch.no_grad()
 def measure(
     painter: Painter, clip: Any, world: World, count: int = 96, seed: int = 99
@@ -68,7 +87,7 @@ def measure(
     Args:
         painter: the pair.
         clip: its CLIPModel.
-        world: draws the compositions; the subjects that were held out are left out here too.
+        world: draws the compositions.
         count: compositions.
         seed: of compositions and noise.
     """

@@ -21,6 +21,7 @@ from model.errors import InputError
 from model.judge.subject import SubjectNetwork
 
 STAGES = ("clip", "vit", "vae", "teacher", "student")
+FURTHER = ("clip", "vae", "teacher")  # stages that can begin from a finished network
 JUDGE = "subject"  # belongs to model/judge, not to the pair
 
 
@@ -98,6 +99,7 @@ class Kitchen:
         self.recipe, self.state, self.clock = recipe, state, clock
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.world_folder = world_folder
         self.world = World(world_folder, self.device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(world_folder / "tokenizer")
         self._latents: LatentSet | None = None
@@ -131,7 +133,9 @@ class Kitchen:
 
     def _clip(self) -> nn.Module:
         r, stage = self.recipe, self._stage("clip", self.recipe.clip_steps)
-        trainee = vision.train_clip(stage, self.world, self.tokenizer, self.dtype, r.clip_batch)
+        trainee = vision.train_clip(
+            stage, self.world, self.tokenizer, self.dtype, r.clip_batch, self._start("clip")
+        )
         clip: nn.Module = trainee.averaged().clip
         return clip
 
@@ -143,7 +147,11 @@ class Kitchen:
 
     def _vae(self) -> nn.Module:
         r, stage = self.recipe, self._stage("vae", self.recipe.vae_steps)
-        trainee = autoencoder.train_vae(stage, self.world, self.dtype, r.vae_batch)
+        start = self._start("vae")
+        trainee = autoencoder.train_vae(stage, self.world, self.dtype, r.vae_batch, start)
+        if start is not None:  # its statistics are folded in already
+            further: nn.Module = trainee.averaged()
+            return further
         folded: nn.Module = autoencoder.fold_statistics(
             trainee.averaged(), self.world, r.vae_statistics
         )
@@ -151,9 +159,8 @@ class Kitchen:
 
     def _teacher(self) -> nn.Module:
         r, stage = self.recipe, self._stage("teacher", self.recipe.teacher_steps)
-        start = load_file(started(self.state)) if started(self.state).exists() else None
         trainee = diffusion.train_teacher(
-            stage, self._data(), self.dtype, r.teacher_batch, r.compiled, start
+            stage, self._data(), self.dtype, r.teacher_batch, r.compiled, self._start("teacher")
         )
         teacher: nn.Module = trainee.averaged()
         return teacher
@@ -178,6 +185,11 @@ class Kitchen:
         found: nn.Module = trainee.averaged()
         return found
 
+    def _start(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The weights that a stage begins from, when it does not begin anew."""
+        path = started(self.state, name)
+        return load_file(path) if path.exists() else None
+
     def _network(self, name: str) -> Any:
         return load_network(self.state, name).to(self.device)
 
@@ -185,7 +197,7 @@ class Kitchen:
         """The world in latents; too big for the disk, so every process draws it anew, the same."""
         if self._latents is None:
             self._latents = encode_world(
-                self.world,
+                World(self.world_folder, self.device, drawn="seen"),
                 self._network("vae"),
                 freeze(vision.text_encoder_of(self._network("clip"))),
                 self.tokenizer,
@@ -200,29 +212,40 @@ def finished(state: Path, name: str) -> Path:
     return state / f"final_{name}.safetensors"
 
 
-def started(state: Path) -> Path:
-    """Where the teacher lies that training starts from, float32, when it does not start anew."""
-    return state / "start_teacher.safetensors"
+def started(state: Path, name: str) -> Path:
+    """Where a network lies that its stage starts from, float32, when it does not start anew."""
+    return state / f"start_{name}.safetensors"
 
 
-def take_over(state: Path, networks_by_name: dict[str, Any], anew: Sequence[str]) -> None:
-    """Put finished networks into `state`, so that only the stages `anew` are left to train.
+def take_over(
+    state: Path,
+    networks_by_name: dict[str, Any],
+    anew: Sequence[str] = (),
+    further: Sequence[str] = (),
+) -> None:
+    """Put finished networks into `state`, so that only some stages are left to train.
 
-    A teacher among these starts where the given one is; a student always starts at its teacher.
+    Those in `anew` begin from nothing (a student at its teacher). Those in `further` begin where
+    the given ones are, and so that the other networks still fit them: of CLIP the vision tower
+    learns, of the VAE the decoder.
 
     Raises:
-        InputError: for a stage that there is none of, or a state folder that holds something.
+        InputError: for a stage that there is none of or that cannot be trained further, or a state
+            folder that holds something.
     """
-    unknown = [name for name in anew if name not in networks_by_name]
-    if unknown or not anew:
-        raise InputError(f"--anew takes some of {', '.join(networks_by_name)}.")
+    asked = [*anew, *further]
+    if not asked or any(name not in networks_by_name for name in asked):
+        raise InputError(f"--anew and --further take some of {', '.join(networks_by_name)}.")
+    wrong = [name for name in further if name not in FURTHER or name in anew]
+    if wrong:
+        raise InputError(f"--further takes some of {', '.join(FURTHER)}, and none of --anew.")
     if state.exists() and any(state.iterdir()):
         raise InputError(f"{state} holds a training already: give another --work, or remove it.")
     for name, network in networks_by_name.items():
-        if name not in anew:
+        if name in further:
+            write_tensors(started(state, name), network.state_dict())
+        elif name not in anew:
             write_tensors(finished(state, name), network.state_dict())
-        elif name == "teacher":
-            write_tensors(started(state), network.state_dict())
 
 
 def load_network(state: Path, name: str) -> Any:

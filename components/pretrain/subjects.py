@@ -265,3 +265,31 @@ SAMPLE_CONCEPTS = {
     "rocket": ("3d", "rocket", "rocket", False),
     "alarm_clock": ("3d", "alarm clock", "clock", False),
 }
+
+# Emoji that are thin or crowded at 128 px, or a second pose of a name that has a clearer one. The
+# vision networks see them; teacher and student do not learn to draw them.
+TOO_FINE = {
+    "monkey", "gorilla", "dog", "guide dog", "poodle", "cat", "black cat", "tiger", "leopard",
+    "horse", "zebra", "deer", "cow", "ox", "pig", "boar", "ram", "goat", "camel",
+    "two-hump camel", "llama", "giraffe", "rhinoceros", "hippopotamus", "mouse", "rabbit", "bat",
+    "sloth", "otter", "skunk", "kangaroo", "turkey", "rooster", "front-facing baby chick", "eagle",
+    "flamingo", "peacock", "crocodile", "lizard", "snake", "dragon face", "dragon", "whale", "seal",
+    "tropical fish", "lobster", "spider", "oncoming automobile", "oncoming taxi",
+    "oncoming police car", "oncoming bus", "articulated lorry", "racing car", "motorcycle",
+    "motor scooter", "bicycle", "skateboard", "train", "small airplane", "helicopter", "ship",
+    "motor boat", "speedboat", "canoe", "green apple", "tomato", "pretzel", "egg", "shortcake",
+    "ice cream", "teacup without handle", "man’s shoe", "hiking boot", "glasses", "socks", "violin",
+    "trumpet", "radio", "mantelpiece clock", "green book", "blue book", "orange book", "candle",
+    "hammer", "scissors", "chair", "house with garden", "tulip", "amphora", "jar", "toolbox",
+    "yarn", "postbox",
+}  # fmt: skip
+# (name, scene) that teacher and student never see together, beside those that a hash adds: the
+# scenes in which a person judges these subjects (`evaluate.PROMPTS`).
+NEVER_TOGETHER = {
+    ("dog", "beach"), ("car", "snow"), ("cat", "grass"), ("penguin", "desert"), ("lion", "city"),
+    ("elephant", "snow"), ("fox", "wood"), ("teapot", "rug"), ("backpack", "forest"),
+    ("robot", "space"), ("frog", "cobble"), ("dog", "snow"), ("cat", "fabric"), ("cat", "beach"),
+    ("rocket", "plain_yellow"), ("elephant", "water"), ("teddy bear", "mountain"),
+    ("shoe", "brick"), ("owl", "night"), ("clock", "leaves"), ("horse", "wheat"),
+    ("pizza", "check"), ("duck", "rain"), ("banana", "eiffel"),
+}  # fmt: skip

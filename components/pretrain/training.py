@@ -45,9 +45,13 @@ class Trainee:
         weight_decay: float = 0.0,
         ema: float = 0.999,
         clip: float = 1.0,
+        learns: str = "",
     ) -> None:
-        self.net: Any = copy.deepcopy(network).to(device, dtype).train().requires_grad_(True)
-        named = list(self.net.named_parameters())
+        """Take a copy of `network`, of which the parameters learn whose names begin so."""
+        self.net: Any = copy.deepcopy(network).to(device, dtype).train().requires_grad_(False)
+        named = [(n, p) for n, p in self.net.named_parameters() if n.startswith(learns)]
+        for _, param in named:
+            param.requires_grad_(True)
         self.names = [n for n, _ in named]
         self.params: list[Tensor] = [p for _, p in named]
         start = dict(network.named_parameters())
@@ -88,7 +92,8 @@ class Trainee:
         """A float32 network with the averaged weights, frozen."""
         net = copy.deepcopy(self.net).float().eval().requires_grad_(False)
         with torch.no_grad():
-            torch._foreach_copy_(list(net.parameters()), self.average)
+            own = dict(net.named_parameters())
+            torch._foreach_copy_([own[name] for name in self.names], self.average)
         return net
 
     def state(self) -> dict[str, Tensor]:

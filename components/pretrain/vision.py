@@ -32,11 +32,24 @@ class ContrastivePair(nn.Module):
 
 
 def train_clip(
-    stage: Stage, world: World, tokenizer: CLIPTokenizer, dtype: torch.dtype, batch: int
+    stage: Stage,
+    world: World,
+    tokenizer: CLIPTokenizer,
+    dtype: torch.dtype,
+    batch: int,
+    start: dict[str, Tensor] | None = None,
 ) -> Trainee:
-    """Contrast pictures of the world with their captions (Radford et al. 2021)."""
+    """Contrast pictures of the world with their captions (Radford et al. 2021).
+
+    With `start`, the weights of an earlier CLIP, only its vision tower learns: the text tower is
+    the text encoder of teacher and student.
+    """
     torch.manual_seed(1)
-    trainee = Trainee(ContrastivePair(), world.device, dtype, (0.9, 0.98), 0.05, ema=0.998)
+    pair = ContrastivePair()
+    if start is not None:
+        pair.clip.load_state_dict(start)
+    learns = "clip.vi" if start is not None else ""  # vision_model and visual_projection
+    trainee = Trainee(pair, world.device, dtype, (0.9, 0.98), 0.05, ema=0.998, learns=learns)
     stage.resume({"clip": trainee})
     table = world.captioner.table(tokenizer)
     gen = world.generator(11)

@@ -6,8 +6,10 @@ pictures and its captions are made without a copy to or from the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from components.pretrain.assets import SPRITE_PX
 from components.pretrain.composition import CLOSE, NORMAL, RECOLOURS, SMALL, Lots, Scenes
 from components.pretrain.painting import SCENE_PX
 from components.pretrain.rendering import Renderer
-from components.pretrain.subjects import PLURAL, WEARERS
+from components.pretrain.subjects import NEVER_TOGETHER, PLURAL, TOO_FINE, WEARERS
+
+NEVER_BY_HASH = 3  # scenes a name
 
 
 class World:
@@ -29,16 +33,26 @@ class World:
         folder: holds sprites.png, scenes.*.jpg and world.json.
         device: where batches are drawn.
         held_out: False leaves out the subjects that the pair must never see; True shows only them.
+        drawn: "all" shows every subject in every scene; "seen" is what teacher and student learn:
+            no subject of `TOO_FINE`, and no subject in a scene that is kept from it; "unseen" shows
+            them in these scenes only.
     """
 
-    def __init__(self, folder: Path, device: str | torch.device, held_out: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str | torch.device,
+        held_out: bool = False,
+        drawn: Literal["all", "seen", "unseen"] = "all",
+    ) -> None:
         facts = json.loads((folder / "world.json").read_text())
         self.device = torch.device(device)
         self.sprites = facts["sprites"]
         self.scene_names = list(dict.fromkeys(facts["scenes"]))
         self.renderer = Renderer(_load_sprites(folder), _load_scenes(folder), self.device)
         self._index_scenes(facts["scenes"])
-        self._index_subjects(held_out)
+        self._index_subjects(held_out, drawn != "all")
+        self.instead = None if drawn == "all" else self._index_pairs(facts["scenes"], drawn)
         self.captioner = captions.Captioner(
             self.names,
             [n in PLURAL for n in self.names],
@@ -58,12 +72,25 @@ class World:
         self.back_odds = (weight / count)[scene].cumsum(0).to(self.device)
         self.back_scene = scene.to(self.device)
 
-    def _index_subjects(self, held_out: bool) -> None:
+    def _index_pairs(self, scenes: list[str], drawn: str) -> Tensor:
+        """The first picture of the scene that stands in for each scene [name, scene]."""
+        table = [
+            stand_ins(never_together(name, self.scene_names), drawn == "seen")
+            for name in self.names
+        ]
+        self.first = torch.tensor([scenes.index(n) for n in self.scene_names], device=self.device)
+        count = torch.tensor([scenes.count(n) for n in self.scene_names], device=self.device)
+        self.pictures_of = count
+        return torch.tensor(table, device=self.device)
+
+    def _index_subjects(self, held_out: bool, clear: bool) -> None:
         """Which sprites may be drawn and how often: every name alike, "3d" twice as often."""
         shown = [i for i, s in enumerate(self.sprites) if s["kind"] != "worn"]
         self.names = list(dict.fromkeys(str(self.sprites[i]["name"]) for i in shown))
         name_of = {name: i for i, name in enumerate(self.names)}
         shown = [i for i in shown if bool(self.sprites[i]["held_out"]) == held_out]
+        if clear:
+            shown = [i for i in shown if self.sprites[i]["emoji"] not in TOO_FINE]
         odds = torch.tensor([2.0 if self.sprites[i]["style"] == "3d" else 1.0 for i in shown])
         names = torch.tensor([name_of[str(self.sprites[i]["name"])] for i in shown])
         share = torch.zeros(len(self.names)).index_add_(0, names, odds)
@@ -118,6 +145,8 @@ class World:
         side = torch.where(lots.chance(0.5), -1.0, 1.0)
         size = torch.where(pair, lots.uniform(0.4, 0.52), size)
         back = self._background(lots, scene)
+        if self.instead is not None and scene is None:
+            back = self._stand_in(lots, back, self.instead, self.name_of[chosen])
         other, hat = self._pick(lots), self.hats[lots.index(len(self.hats))]
         hue = lots.normal(0.2) * vary
         saturation = 1 + (lots.uniform(0.7, 1.25) - 1) * vary
@@ -159,6 +188,13 @@ class World:
         own = (self.back_scene == self.scene_names.index(scene)).nonzero()[:, 0]
         return own[lots.index(len(own))]
 
+    def _stand_in(self, lots: Lots, back: Tensor, instead: Tensor, name: Tensor) -> Tensor:
+        """The pictures `back` [B], another scene's where name and scene must not meet."""
+        wanted = self.back_scene[back]
+        scene = instead[name, wanted]
+        other = self.first[scene] + (lots.uniform() * self.pictures_of[scene]).long()
+        return torch.where(scene == wanted, back, other)
+
     def captions(self, scenes: Scenes, gen: torch.Generator) -> Tensor:
         """Caption pieces [B, slots] of the compositions (see captions.Captioner)."""
         return self.captioner.draw(scenes, gen)
@@ -169,13 +205,26 @@ class World:
         return self.renderer.render(scenes)
 
 
+def never_together(name: str, scenes: list[str]) -> list[bool]:
+    """For each scene, whether it is kept from the subject: what is listed, and a few more."""
+    by_hash = sorted(scenes, key=lambda s: hashlib.sha256(f"{name}/{s}".encode()).digest())
+    kept = set(by_hash[:NEVER_BY_HASH])
+    return [scene in kept or (name, scene) in NEVER_TOGETHER for scene in scenes]
+
+
+def stand_ins(never: list[bool], allowed: bool) -> list[int]:
+    """For each scene the next one, itself first, that may (or must not) show the subject."""
+    n = len(never)
+    return [next(j % n for j in range(i, i + n) if never[j % n] != allowed) for i in range(n)]
+
+
 def _frame(lots: Lots, zoom: int | None) -> tuple[Tensor, Tensor]:
     """How near the subject is, and its size."""
     lot = lots.uniform()
     zooms = torch.where(lot < 0.12, CLOSE, torch.where(lot < 0.27, SMALL, NORMAL))
     if zoom is not None:
         zooms = torch.full_like(zooms, zoom)
-    close, small, normal = (lots.uniform(*r) for r in ((0.95, 1.25), (0.24, 0.38), (0.5, 0.85)))
+    close, small, normal = (lots.uniform(*r) for r in ((0.95, 1.25), (0.31, 0.4), (0.5, 0.85)))
     return zooms, torch.where(zooms == CLOSE, close, torch.where(zooms == SMALL, small, normal))
 
 

@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer
 from components.pretrain import scenes
 from components.pretrain.build import write_tokenizer
 from components.pretrain.composition import CLOSE, NORMAL, RECOLOURS, SMALL, Scenes
-from components.pretrain.world import World
+from components.pretrain.subjects import SUBJECTS, TOO_FINE
+from components.pretrain.world import World, never_together
 
 PLACED = dict(turn=0.0, flip=False, shadow=0.0, other=-1, worn=-1, back_light=1.0)
 
@@ -65,6 +66,42 @@ def test_held_out_subjects_are_never_drawn(world: World, world_folder: Path) -> 
     assert held[only.sample(300, only.generator(2)).subject].all()
 
 
+def test_what_is_kept_apart_never_meets(world_folder: Path) -> None:
+    seen, unseen = (World(world_folder, "cpu", drawn=kind) for kind in ("seen", "unseen"))
+
+    def met(world: World) -> set[tuple[str, str]]:
+        drawn = world.sample(4000, world.generator(3))
+        scenes_of = world.back_scene[drawn.back]
+        assert torch.equal(scenes_of, drawn.back_scene)
+        return {
+            (world.names[n], world.scene_names[s])
+            for n, s in zip(drawn.name.tolist(), drawn.back_scene.tolist(), strict=True)
+        }
+
+    together, apart = met(seen), met(unseen)
+    assert ("fox", "wood") in apart and ("owl", "night") in apart
+    assert not together & apart
+    names = {name for name, _ in together}
+    assert names == {name for name, _ in apart} and {"fox", "cat", "owl"} <= names
+    for name in names:  # every scene is on one side or the other
+        never = never_together(name, seen.scene_names)
+        assert 3 <= sum(never) <= 6
+        assert {s for n, s in apart if n == name} <= {
+            s for s, kept in zip(seen.scene_names, never, strict=True) if kept
+        }
+
+
+def test_what_is_too_fine_is_not_learnt(
+    world_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.pretrain.world.TOO_FINE", {"owl"})
+    world = World(world_folder, "cpu", drawn="seen")
+    drawn = world.sample(2000, world.generator(2))
+    emoji = {world.sprites[i]["emoji"] for i in drawn.subject.tolist()}
+    assert "owl" not in emoji and "fox" in emoji
+    assert set(TOO_FINE) <= {e for kind in SUBJECTS.values() for es in kind.values() for e in es}
+
+
 def test_position_and_size_are_where_the_picture_shows_them(world: World) -> None:
     # A filled square (its side is 124 of the sprite's 128 px) at x = 0.4, y = -0.3, size 0.5.
     _, cover = world.render(placed(world, 2, x=0.4, y=-0.3, size=0.5, colour=-1))
@@ -112,7 +149,7 @@ def test_a_subject_given_keeps_its_own_colours(world: World) -> None:
 
 def test_zoom_sets_the_size_and_subjects_stay_inside(world: World) -> None:
     drawn = world.sample(2000, world.generator(3))
-    assert drawn.size[drawn.zoom == SMALL].max() < 0.38 < drawn.size[drawn.zoom == NORMAL].min()
+    assert drawn.size[drawn.zoom == SMALL].max() < 0.4 < drawn.size[drawn.zoom == NORMAL].min()
     assert drawn.size[drawn.zoom == CLOSE].min() >= 0.95
     normal = drawn.zoom != CLOSE
     assert (drawn.x.abs() + drawn.size)[normal & (drawn.other < 0)].max() <= 1
