@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import signal
 import statistics
 import threading
 import time
@@ -18,6 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from model.errors import InputError
 
 GIB = 2**30
+
+
+class OutOfTime(BaseException):
+    """Something took longer than it may: no Exception, so that no library takes it for its own."""
+
+
 _TOP = 30  # operators of a profile
 
 
@@ -77,6 +84,25 @@ def wait(device: torch.device) -> None:
     """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block when it takes longer; for a program's main thread.
+
+    What waits inside a library's call is interrupted when that returns.
+    """
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime(f"it took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -180,9 +180,11 @@ class Sweep:
         if left < min(30, configuration.seconds):
             entry["skipped"] = "the time is used up"
         else:
-            seconds = min(configuration.seconds * self.options.patience, left)
             error = self._attempt(
-                configuration.name, seconds, lambda: self._measure(frozen, configuration, entry)
+                configuration.name,
+                configuration.seconds,
+                lambda: self._measure(frozen, configuration, entry),
+                most=left,
             )
             if error:
                 entry["skipped"] = error
@@ -248,25 +250,18 @@ class Sweep:
         finally:
             runner.free()
 
-    def _attempt(self, name: str, seconds: float, work: Any) -> str | None:
+    def _attempt(self, name: str, seconds: float, work: Any, most: float = math.inf) -> str | None:
         """Do some work within a time; returns why it was not done, or None."""
-
-        def stop(*_: Any) -> None:
-            raise TimeoutError(f"it took longer than {seconds:.0f} s")
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
         error: str | None = None
         try:
-            work()
-        except Exception as met:  # the next ones may do
+            with measure.within(min(seconds * self.options.patience, most)):
+                work()
+        except (Exception, measure.OutOfTime) as met:  # the next ones may do
             error = f"{type(met).__name__}: {str(met).strip()[:600]}"
-            (self.options.out / "errors.txt").open("a").write(f"{name}\n{traceback.format_exc()}\n")
+            with (self.options.out / "errors.txt").open("a") as file:
+                file.write(f"{name}\n{traceback.format_exc()}\n")
             self.document.setdefault("failed", {})[name] = error
             self.say(f"{name}: {error[:300]}")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
         release(self.device)
         self.write()
         return error
