@@ -5,6 +5,7 @@ and demo all call it, so that the same seed gives the same picture everywhere.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +18,7 @@ from model.text import Prompts, cat, encode, tokenize
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
-_Rows = slice | list[int]
+_Rows = slice | torch.Tensor
 _CONCEPT_FREE = "picture"  # noise is keyed by the seed alone, not by who asks
 
 
@@ -214,21 +215,47 @@ def _ddim(
     Each row follows its own plan of time steps; `predict` sees the rows that have steps left.
     """
     z = noise * schedule.initial_scale
-    abars = [[*(float(schedule.abar[t]) for t in plan[1:]), final_abar] for plan in plans]
-    for k in range(max(len(plan) for plan in plans)):
-        left = [r for r, plan in enumerate(plans) if k < len(plan)]
-        rows: _Rows = slice(None) if len(left) == len(plans) else left
-        t = torch.tensor([plans[r][k] for r in left], device=z.device)
-        abar = torch.tensor([abars[r][k] for r in left], dtype=torch.float64).view(-1, 1, 1, 1)
-        z_t = z[rows]
-        prediction = predict(z_t, t, rows)
-        x0 = schedule.x0(prediction, z_t, t)
-        eps = schedule.eps(prediction, z_t, t)
-        signal, rest = (part.sqrt().to(z.device, z.dtype) for part in (abar, 1 - abar))
-        moved = signal * x0 + rest * eps
-        z = moved if isinstance(rows, slice) else z.index_copy(0, _index(left, z), moved)
+    # All copies to the device come first: one between two networks would let the device run dry.
+    for step in [_step(k, plans, final_abar, schedule, z) for k in range(max(map(len, plans)))]:
+        z_t = z[step.rows]
+        prediction = predict(z_t, step.t, step.rows)
+        x0 = schedule.x0(prediction, z_t, step.t)
+        eps = schedule.eps(prediction, z_t, step.t)
+        moved = step.signal * x0 + step.rest * eps
+        z = moved if isinstance(step.rows, slice) else z.index_copy(0, step.rows, moved)
     return z
 
 
-def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(rows, device=like.device)
+@dataclass(frozen=True)
+class _Step:
+    """One step of the r rows that have it; all tensors are on the device.
+
+    Attributes:
+        rows: their places [r], or a slice of all.
+        t: their time steps [r].
+        signal: what the estimate of `z_0` is multiplied by [r, 1, 1, 1].
+        rest: what the noise is multiplied by [r, 1, 1, 1].
+    """
+
+    rows: _Rows
+    t: torch.Tensor
+    signal: torch.Tensor
+    rest: torch.Tensor
+
+
+def _step(
+    k: int,
+    plans: Sequence[Sequence[int]],
+    final_abar: float,
+    schedule: NoiseSchedule,
+    like: torch.Tensor,
+) -> _Step:
+    left = [r for r, plan in enumerate(plans) if k < len(plan)]
+    following = [plans[r][k + 1 : k + 2] for r in left]
+    abars = [float(schedule.abar[after[0]]) if after else final_abar for after in following]
+    abar = torch.tensor(abars, dtype=torch.float64).view(-1, 1, 1, 1)
+    signal, rest = (part.sqrt().to(like.device, like.dtype) for part in (abar, 1 - abar))
+    whole = len(left) == len(plans)
+    rows = slice(None) if whole else torch.tensor(left, device=like.device)
+    t = torch.tensor([plans[r][k] for r in left], device=like.device)
+    return _Step(rows, t, signal, rest)

@@ -188,7 +188,6 @@ class Engine:
         """Hands a batch to the device; pictures [R, S, S, 3] uint8 there, and if all is finite."""
         known = self._known(requests)
         noise = picture_noise(self.pair, [request.seed for request in requests])
-        noise = noise.to(self.pair.device)
         drawn: list[torch.Tensor] = [noise] * len(requests)
         finite = torch.ones((), dtype=torch.bool, device=self.pair.device)
         for rows, size in self.forwards([request.steps for request in requests]):
