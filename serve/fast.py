@@ -66,6 +66,12 @@ def with_tiny_decoder(pair: BasePair, folder: Path) -> BasePair:
     return replace(pair, vae=tiny)
 
 
+def fallbacks(pair: BasePair) -> list[str]:
+    """What of a pair from `quicken` runs slower than it was asked to, and why; empty at best."""
+    networks = [each for each in (pair.student, pair.vae) if isinstance(each, _Student | _Decoder)]
+    return [reason for network in networks for reason in network.call.fallbacks]
+
+
 def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:
     if speed != "compile":
         return Captured(function, function)
@@ -97,6 +103,9 @@ class Captured:
 
     A function that cannot be captured is called as it is from then on, and a compiled one that
     cannot be compiled is replaced by its plain self; the log says so once.
+
+    Attributes:
+        fallbacks: what could not be done, and why.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class Captured:
     ) -> None:
         self._function = function
         self._plain = plain
+        self.fallbacks: list[str] = []
         self._graphs: dict[tuple[Any, ...], _Graph | None] = {}
         self._pool: Any = None
         self._lock = threading.Lock()
@@ -122,18 +132,23 @@ class Captured:
             return graph.replay(inputs)
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
-        try:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            return _Graph.of(self._function, inputs, self._pool)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            if self._function is not self._plain:
-                log.warning("a network cannot be compiled, it runs without (%s)", reason)
-                self._function = self._plain
-                return self._capture(inputs)
-            log.warning("a network cannot be captured as a CUDA graph (%s)", reason)
-            return None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        while True:
+            try:
+                return _Graph.of(self._function, inputs, self._pool)
+            except Exception as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            # Here the error is gone, and the memory that its frames held.
+            if self._function is self._plain:
+                self._fall_back(f"a network cannot be captured as a CUDA graph ({reason})")
+                return None
+            self._fall_back(f"a network cannot be compiled, it runs without ({reason})")
+            self._function = self._plain
+
+    def _fall_back(self, why: str) -> None:
+        log.warning(why)
+        self.fallbacks.append(why)
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ class _Graph:
 class _Student:
     """The student as `BasePair.denoise` calls it."""
 
-    call: Callable[..., torch.Tensor]
+    call: Captured
     config: Any
 
     def __call__(
@@ -194,7 +209,7 @@ class _Student:
 class _Decoder:
     """The VAE as `BasePair.decode` calls it."""
 
-    call: Callable[..., torch.Tensor]
+    call: Captured
     config: Any
 
     def decode(self, latents: torch.Tensor) -> SimpleNamespace:
