@@ -26,7 +26,7 @@ def draw_report(console: Console, document: dict[str, Any]) -> None:
     resident, latency, check = (document[name] for name in ("resident", "latency_ms", "check"))
     if latency:
         steps = ", ".join(f"{n} steps {latency[f'steps_{n}']['ms']:.1f}" for n in (1, 2, 4))
-        console.print(f"one picture to JPEG, in ms: {steps}", markup=False)
+        console.print(f"one picture to JPEG, in ms, {latency['speed']}: {steps}", markup=False)
     if resident:
         console.print(
             f"{resident['adapters']} adapters of rank {resident['rank']} in memory: "
@@ -40,10 +40,12 @@ def draw_report(console: Console, document: dict[str, Any]) -> None:
             f"{check['across_sizes']} across sizes, {check['plain_diffusers']} from plain diffusers"
         )
         console.print(Text(text, "green" if check["passed"] else "bold red"))
+    for name, error in document.get("failed", {}).items():
+        console.print(f"not measured: {name}: {error.splitlines()[0]}", markup=False)
 
 
 def _engine(document: dict[str, Any]) -> Table:
-    table = _table("", "batch", "images/s", "mixed/one", "ms", "new prompts", "of matmul")
+    table = _table("", "batch", "images/s", "mixed/one", "ms", "new prompts", "of matmul", "GiB")
     for row in document["plain_diffusers"]:
         table.add_row("plain diffusers", str(row["batch"]), f"{row['images_per_s']:.2f}")
     for row in document["engine"]:
@@ -54,7 +56,8 @@ def _engine(document: dict[str, Any]) -> Table:
             f"{row['mixed_over_single']:.3f}",
             f"{row['draw_ms']['ms']:.1f}",
             f"{row['new_prompts_draw_ms']:.1f}",
-            f"{row['share_of_matmul']:.1%}",
+            f"{row.get('share_of_matmul', 0):.1%}",
+            f"{row['peak_gib']:.1f}",
         )
     return table
 

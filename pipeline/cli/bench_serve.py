@@ -42,7 +42,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="How networks run: eager, graphs, compile. Default: eager, on a GPU all of them.",
+            help="How networks run: eager, graphs, compile; behind it :channels_last, :benchmark. "
+            "Default: eager, on a GPU the three.",
         ),
     ] = None,
     channels_last: Annotated[

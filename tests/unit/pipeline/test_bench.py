@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 
 import pytest
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from model.errors import InputError
 from pipeline.bench import BenchSettings, _next_size, bench_train
-from pipeline.bench_bases import MINI, bench_spec, build_frozen
-from pipeline.bench_measure import Parts, count_flops, summary
+from pipeline.bench_bases import MINI, bench_spec, build_frozen, random_pair
+from pipeline.bench_measure import OutOfTime, Parts, count_flops, summary, within
+from pipeline.bench_serve_ways import ways_of
 from pipeline.cli.bench_serve import numbers_of
 
 CPU = torch.device("cpu")
@@ -105,3 +107,39 @@ def test_wrong_pack_sizes_are_refused(packs: str) -> None:
     assert numbers_of("--packs", "1,2,16", *words) == (1, 2, 16)
     with pytest.raises(InputError, match="1,2,4"):
         numbers_of("--packs", packs, *words)
+
+
+def test_what_takes_too_long_ends_and_no_library_can_take_it_for_its_own_error() -> None:
+    def work() -> None:
+        while True:
+            try:
+                time.sleep(10)
+            except Exception:
+                continue
+
+    with pytest.raises(OutOfTime, match="longer than 0 s"), within(0.05):
+        work()
+    with within(0.05):
+        pass
+    time.sleep(0.1)
+
+
+def test_a_way_of_running_leaves_the_networks_of_others_as_they_are() -> None:
+    pair = random_pair(MINI, 64, 0, torch.float32, CPU)
+    eager, last, compiled = ways_of(["eager", "graphs:channels_last:benchmark", "compile"], False)
+    assert eager.pair(pair) is pair
+    assert compiled.channels_last and not compiled.benchmark
+    turned = last.pair(pair)
+
+    def innermost(network: torch.nn.Module) -> bool:
+        weights = [each for each in network.parameters() if each.ndim == 4 and each.shape[2] > 1]
+        return all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
+
+    assert innermost(turned.student) and innermost(turned.vae)
+    assert not innermost(pair.student) and not innermost(pair.vae)
+    with last.on():
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
+    for name in ("fast", "eager:fast"):
+        with pytest.raises(InputError, match="'fast'"):
+            ways_of([name], False)
