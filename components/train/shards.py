@@ -29,6 +29,12 @@ class Shards:
 
     def __init__(self, networks: Sequence[nn.Module] = ()) -> None:
         """Cut networks into parts, in place."""
+        # DeepSpeed sends and cuts weights as they lie in memory, and takes no other layout than
+        # torch's own: channels last is put aside until the networks are whole again.
+        weights = (weight for network in networks for weight in network.parameters())
+        self._channels_last = [weight for weight in weights if weight.stride()[-1:] > (1,)]
+        for weight in self._channels_last:
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self._engines = [_engine(network) for network in networks]
 
     def tidy(self) -> None:
@@ -46,7 +52,9 @@ class Shards:
             engine.destroy()
             for parameter in engine.module.parameters():
                 parameter.all_gather()
-        self._engines = []
+        for weight in self._channels_last:
+            weight.data = weight.data.clone(memory_format=torch.channels_last)
+        self._engines, self._channels_last = [], []
 
 
 @contextmanager
