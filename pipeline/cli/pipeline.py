@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from components.train.state import BatchStatus
 
 LOG = Path("runs/logs/pipeline.txt")
-RAYJOB = Path("infra/k8s/base/rayjob.yaml")
+# Of this source tree, which an image has too, whatever folder the command is typed in.
+RAYJOB = Path(__file__).resolve().parents[2] / "infra/k8s/base/rayjob.yaml"
 
 app = typer.Typer(help="The Kubeflow pipeline: compile it, or run its steps on this machine.")
 
@@ -31,7 +32,13 @@ def compile_pipeline(
     spec: SpecFile = None,
     sets: Sets = None,
     rayjob: Annotated[
-        Path, typer.Option("--rayjob", metavar="FILE", help="The RayJob that the train step makes.")
+        Path,
+        typer.Option(
+            "--rayjob",
+            metavar="FILE",
+            help="The RayJob that the train step makes.",
+            show_default="infra/k8s/base/rayjob.yaml",
+        ),
     ] = RAYJOB,
     backend: Annotated[
         str, typer.Option("--backend", help="rayjob, or local: training in the step's own pod.")

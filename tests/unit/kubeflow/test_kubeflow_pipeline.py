@@ -134,7 +134,7 @@ def test_the_command_compiles_and_says_what_is_wrong(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "new" / "p.yaml"
-    words = ["pipeline", "compile", "-o", str(out), "--rayjob", str(RAYJOB)]
+    words = ["pipeline", "compile", "-o", str(out)]  # the RayJob is found from any folder
     output = Output()
     assert run_command([*words, "--set", "train.iterations=7"], output) == 0
     assert output.document["file"] == str(out) and output.document["base"] == "pocket"
