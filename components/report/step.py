@@ -49,7 +49,7 @@ def report_run(
         "promoted": 0 if status is None else sum(one.promoted for one in status.concepts),
     }
     documents.write(place, facts)
-    lines = [f"# {prefix}: {state.lower()}", "", *filter(None, [error, error and ""])]
+    lines = [f"# {prefix}: {state.lower()}", "", *([error, ""] if error else [])]
     if status is None:
         lines.append("It ended before a batch was planned.")
     else:

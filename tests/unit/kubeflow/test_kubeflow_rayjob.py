@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from components.ingest import documents
+from components.report.step import report_run
+from components.steps import run_document
 from components.train.batch import (
     Batch,
     batch_uri,
@@ -28,7 +31,9 @@ from components.train.rayjob import (
 )
 from components.train.rayjob_api import RayJobs, connect
 from components.train.state import BatchStatus, BatchView, ConceptState, write_states
+from components.train.step import train_batch
 from model.errors import InputError, ServiceError
+from tests.conftest import REPOSITORY
 from tests.kubernetes_api import BREAK, END, EXPIRED, GONE, KubernetesApi, kubernetes_api
 from tests.unit.pipeline.test_batch import checked, spec_at
 
@@ -251,6 +256,69 @@ def test_a_run_that_is_given_up_leaves_no_rayjob(api: KubernetesApi, batch: Batc
     jobs.create({**yaml.safe_load(MANIFEST), "metadata": {"name": job_name(batch)}})
     assert end_rayjob(batch.uri, jobs) and not api.jobs
     assert BatchView(batch.uri).read().state == "cancelled"
+
+
+def test_the_role_of_the_train_step_has_the_rights_that_it_uses(
+    api: KubernetesApi, batch: Batch
+) -> None:
+    """And no other: it is what infra/README.md binds the pipeline's account to."""
+    accounts = (REPOSITORY / "infra/k8s/base/accounts.yaml").read_text(encoding="utf-8")
+    (role,) = (each for each in yaml.safe_load_all(accounts) if each["kind"] == "Role")
+    (rule,) = role["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
+    api.script += [RUNNING, driver(batch, a="trained", b="trained", c="trained")]
+    drive(api, batch)
+    names = {"GET": "get", "WATCH": "watch", "POST": "create", "DELETE": "delete"}
+    assert {names[method] for method, _ in api.asked} == set(rule["verbs"])
+    read = {path for method, path in api.asked if method == "GET"}
+    assert all(path.endswith(f"/rayjobs/{job_name(batch)}") for path in read)  # else it is a list
+
+
+@pytest.fixture
+def as_kubectl(api: KubernetesApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of kubectl names the server: no step is handed a client."""
+    entry = {
+        "clusters": [{"name": "here", "cluster": {"server": api.url}}],
+        "users": [{"name": "me", "user": {}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "current-context": "here",
+    }
+    place = tmp_path / "kubeconfig"
+    place.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **entry}))
+    # The library reads KUBECONFIG once, when it is imported.
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(place))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)  # in a pod its account comes first
+
+
+def test_the_steps_train_by_a_rayjob_and_end_the_one_of_a_run_that_stopped(
+    api: KubernetesApi, batch: Batch, as_kubectl: None
+) -> None:
+    said: list[str] = []
+    api.script += [RUNNING, driver(batch, a="trained", b="trained", c="failed")]
+    status = train_batch(batch.uri, said.append, rayjob=MANIFEST, namespace="team", run="run-1")
+    assert status.counts == {"trained": 2, "failed": 1} and not api.jobs
+
+    RayJobs("team").create({**yaml.safe_load(MANIFEST), "metadata": {"name": job_name(batch)}})
+    documents.write(run_document(batch.storage, "run-2"), {"batch": batch.uri})
+
+    def reports() -> str:
+        return report_run(
+            batch.prefix,
+            batch.spec,
+            said.append,
+            storage=batch.storage,
+            run="run-2",
+            state="FAILED",
+            error="the step train was evicted",
+            namespace="team",
+        )
+
+    api.faults += [("GET", 403, {})]  # the report is worth more
+    assert "the step train was evicted\n\n| concept |" in reports() and len(api.jobs) == 1
+    assert any("its RayJob could not be looked at" in line for line in said)
+    told = reports()
+    assert "its RayJob was removed; what it had begun goes on in the next run" in said
+    assert not api.jobs and "| c | failed |  |  | the loss of a is not finite |" in told
 
 
 def test_a_batch_is_named_after_its_content(batch: Batch, tmp_path: Path) -> None:
