@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 import ray
 import yaml
@@ -21,30 +22,19 @@ from tests.manifests.validate import validate
 REPOSITORY = INFRA.parent
 ALERTS = INFRA / "prometheus" / "alerts.yaml"
 DASHBOARDS = sorted((INFRA / "grafana").glob("*.json"))
-# What PromQL itself says, and what is grouped by.
-WORDS = {
-    "and",
-    "or",
-    "on",
-    "ignoring",
-    "by",
-    "group_left",
-    "bool",
-    "le",
-    "sum",
-    "avg",
-    "min",
-    "max",
-}
-WORDS |= {"rate", "increase", "changes", "absent", "vector", "histogram_quantile"}
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Names of the metrics of a PromQL expression."""
-    text = re.sub(r'"[^"]*"', "", expression)
-    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\boffset \w+", " ", text)
-    text = re.sub(r"\b(by|on|ignoring|group_left)\s*\([^)]*\)", " ", text)
-    return set(re.findall(r"[a-zA-Z_][a-zA-Z0-9_]*", text)) - WORDS
+    """Names of the metrics of a PromQL expression; ValueError where it is none."""
+    found = set()
+
+    def look(part: promql_parser.Expr) -> None:
+        if isinstance(part, promql_parser.VectorSelector):
+            found.add(str(part.name))
+
+    # What Grafana fills in; the other variables are words within quotes.
+    promql_parser.walk(promql_parser.parse(expression.replace("$__rate_interval", "5m")), look)
+    return found
 
 
 def _expressions() -> Iterator[tuple[str, str]]:
@@ -85,6 +75,9 @@ def test_every_metric_exists() -> None:
         used |= metrics_in(expression)
     assert len(used) > 20
     assert metrics_in('sum by (a) (rate(b_total{c="d_e"}[5m])) / on (f) g') == {"b_total", "g"}
+    for wrong in ("sum(rate(b[5m])", "rat(b[5m])", "rate(b)"):
+        with pytest.raises(ValueError):
+            metrics_in(wrong)
 
 
 def test_every_metric_of_a_batch_is_looked_at() -> None:
