@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 from PIL import Image
 
 from tests.integration.pipeline.commands import environment, run
 from tests.integration.pipeline.processes import MARK, left_behind, new_mark
+from tests.manifests.rendered import containers, sets
 
 QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
 SLOW = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=0")
@@ -30,35 +32,40 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard of a Ray of two CPUs that wants the session's token, started by `ray start`."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Dashboard and agent of a Ray of two CPUs that wants the session's token, by `ray start`."""
     import tempfile
 
     home = tmp_path_factory.mktemp("cluster")
     scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
-    mark, port, gcs = new_mark(), free_port(), free_port()
+    mark, port, gcs, agent = new_mark(), free_port(), free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *("--port", str(gcs), "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
-        *("--dashboard-agent-listen-port", str(free_port()), "--temp-dir", scratch),
+        *("--dashboard-agent-listen-port", str(agent), "--temp-dir", scratch),
     ]
     # Its actors look their cluster up by RAY_ADDRESS: there may be others on this machine.
     own = environment(home, **{MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"})
     with (home / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=own, stdout=log, stderr=log)
+        ray = subprocess.Popen(command, env=own, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert head.poll() is None and time.monotonic() < deadline
+            assert ray.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{agent}"
     finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(60)
+        ray.send_signal(signal.SIGTERM)
+        ray.wait(60)
         for pid in left_behind(mark, 20):
             psutil.Process(pid).kill()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(head: tuple[str, str]) -> str:
+    return head[0]
 
 
 def wait_for(condition: Callable[[Any], bool], *words: str, cwd: Path) -> Any:
@@ -174,3 +181,30 @@ def test_cancelled_killed_and_gone_on(
     assert retried.code == 0, retried.stderr
     wait_for(lambda found: found["state"] == "running", batch, cwd=tmp_path)
     assert run("cancel", batch, *there, cwd=tmp_path).code == 0
+
+
+def test_the_probes_of_the_manifests_want_no_token(head: tuple[str, str]) -> None:
+    """The kubelet has none: with one wanted, no Ray pod would ever be ready."""
+    dashboard, agent = head
+    gets = [
+        container[probe]["httpGet"]
+        for manifest in sets()["prod"]
+        for _, container in containers(manifest)
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+        if "httpGet" in container.get(probe, {})
+    ]
+    asked = {(get["port"], get["path"]) for get in gets if get["port"] in ("dashboard", 52365)}
+    assert {port for port, _ in asked} == {"dashboard", 52365}
+    for port, path in asked:
+        url, deadline = (dashboard if port == "dashboard" else agent) + path, time.monotonic() + 60
+        while (answer := _asked(url)) != 200:  # the agent comes a little later than its head
+            assert time.monotonic() < deadline, f"{url}: {answer}"
+            time.sleep(0.5)
+    assert _asked(f"{dashboard}/api/jobs/") == 401  # everything else does
+
+
+def _asked(url: str) -> int | None:
+    try:
+        return requests.get(url, timeout=10).status_code
+    except requests.ConnectionError:
+        return None
