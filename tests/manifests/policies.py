@@ -260,6 +260,12 @@ def queues_have_room(manifests: list[Manifest]) -> list[str]:
             found.append(f"the queue does not cover {name}")
         elif value > room[name]:
             found.append(f"a batch may ask for {value:g} {name}, the queue has {room[name]:g}")
+    for workers in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        # Kueue keeps a batch's workers on the flavor that its first got; no worker fits the first.
+        if not workers["replicas"]:
+            found.append(f"{workers['groupName']}: with no worker it gets the first flavor")
+        if not any(_holds(flavor, workers) for flavor in group["flavors"]):
+            found.append(f"{workers['groupName']}: no flavor has all that it may ask for")
     (quota,) = (one for one in manifests if one["kind"] == "ResourceQuota")
     (service,) = (one for one in manifests if one["kind"] == "RayService")
     twice = needs(service["spec"]["rayClusterConfig"])  # while an image is changed there are two
@@ -267,6 +273,14 @@ def queues_have_room(manifests: list[Manifest]) -> list[str]:
         if amount(quota["spec"]["hard"][f"requests.{name}"]) < value + 2 * twice.get(name, 0.0):
             found.append(f"the namespace's quota of {name} is below the queue's and the endpoint's")
     return found
+
+
+def _holds(flavor: dict[str, Any], workers: dict[str, Any]) -> bool:
+    """Whether a flavor's quota is enough for a worker group at its largest."""
+    quota = {item["name"]: amount(item["nominalQuota"]) for item in flavor["resources"]}
+    requests = workers["template"]["spec"]["containers"][0]["resources"]["requests"]
+    most = workers["maxReplicas"]
+    return all(amount(text) * most <= quota[name] for name, text in requests.items())
 
 
 def budgets_are_reckoned(manifests: list[Manifest]) -> list[str]:
