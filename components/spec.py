@@ -53,7 +53,7 @@ class TrainSpec(_Section):
     """How a pack is trained. Workers, ZeRO stage and device do not change the result.
 
     `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
-    pass. With one item a pass the number of workers changes no round-off either.
+    pass. With one item a pass most of the round-off is the same whatever the number of workers.
     `checkpointing` computes activations again in the backward pass instead of keeping them: about a
     third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
     out as a GPU's matrix units want them; auto: on a GPU. `compile` has torch compile the frozen

@@ -5,5 +5,5 @@ Nothing here knows of clusters, storage, tracking or HTTP. Functions take module
 `components/train`.
 """
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Raised by hand whenever the mathematics changes; part of every concept's digest."""

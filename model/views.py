@@ -165,7 +165,8 @@ def draw_view(
     prompt = template.format(text.phrase) if caption is None else caption
     if uniform(gen) < settings.flip:
         picture = picture.flip(-1)
-    if uniform(gen) < settings.paste_probability:
+    pasted = uniform(gen) < settings.paste_probability
+    if pasted:
         low, high = math.ceil(size * settings.paste_min), size
     else:
         low, high = math.ceil(size * settings.crop_min), math.floor(size * settings.crop_max)
@@ -183,7 +184,9 @@ def draw_view(
         prompt = _insert(prompt, FAR_WORDS[word])
     elif settings.scale_words and scale > size:
         prompt = _insert(prompt, NEAR_WORDS[word])
-    return View(view, _mask(size, factor, top, left, scale), prompt)
+    side = size // factor
+    mask = _inside(size, factor, top, left, scale) if pasted else torch.ones(1, side, side)
+    return View(view, mask, prompt)
 
 
 def reference_grid(
@@ -222,14 +225,12 @@ def reference_grid(
     return ((grid + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), prompts
 
 
-def _mask(size: int, factor: int, top: int, left: int, scale: int) -> torch.Tensor:
-    """Give the inside of a pasted image in latent pixels, one less on every side; ones if cropped.
+def _inside(size: int, factor: int, top: int, left: int, scale: int) -> torch.Tensor:
+    """Give the inside of a pasted image in latent pixels, one less on every side.
 
     At least the pixel in the middle stays, so that no mask is empty.
     """
     side = size // factor
-    if scale > size:
-        return torch.ones(1, side, side)
     mask = torch.zeros(1, side, side)
     spans = []
     for start in (top, left):

@@ -7,7 +7,7 @@ from pathlib import Path
 from components.evaluate.evaluate import Metrics
 from components.evaluate.measure import MEASURED, Measurer
 from components.ingest.concept_folder import Concept
-from components.promote.promote import Decision, promote
+from components.promote.promote import GATE_TAG, Decision, promote
 from components.register.registry import RegisteredVersion, get_version
 from components.spec import RunSpec
 from model.names import CHAMPION
@@ -49,11 +49,15 @@ class Assessor:
     def finish(
         self, version: RegisteredVersion, concept: Concept
     ) -> tuple[RegisteredVersion, Decision]:
-        """Do what an interrupted run left undone: evaluation, or the first champion."""
+        """Do what an interrupted run left undone: evaluation, or the gate.
+
+        A version that the gate has seen is left as it is, also when it was rolled back since.
+        """
         if MEASURED not in version.metrics:
             return self.assess(version, concept)
         champion = get_version(concept.id, CHAMPION, tracking_uri=self._registry)
-        if champion is None:
+        unseen = GATE_TAG not in version.tags
+        if champion is None or (unseen and champion.version < version.version):
             return version, self._promote(version, concept)
         reigns = champion.version == version.version
         return version, Decision(reigns, (f"version {champion.version} is the champion",))

@@ -180,7 +180,7 @@ class SpriteSource:
             import resvg_py  # needed only when the world is built
         except ImportError as error:
             raise InputError(
-                "Emoji are drawn by resvg_py: pip install 'echodistill[pretrain]'."
+                "Emoji are drawn by resvg_py: pip install -e '.[pretrain]'."
             ) from error
 
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))

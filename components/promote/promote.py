@@ -17,6 +17,7 @@ from components.spec import GateSpec
 from model.errors import InputError
 from model.names import CHAMPION
 
+GATE_TAG = "gate"  # on a version that was put to the gate: passed or refused, at last
 PREVIOUS_TAG = "replaced_champion"  # on a champion: the version it took the place of
 _COMPARED = ("clip_i", "dino", "clip_t")
 _IDENTITY = ("clip_i", "dino")
@@ -133,6 +134,13 @@ def promote(
         decision = Decision(True, reasons, decision.champion_before)
     if decision.promoted and decision.champion_before != candidate.version:
         _crown(candidate, decision.champion_before, tracking_uri)
+    with reaching(tracking_uri):
+        connect(tracking_uri).set_model_version_tag(
+            candidate.name,
+            str(candidate.version),
+            GATE_TAG,
+            "passed" if decision.promoted else "refused",
+        )
     return decision
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,7 +97,9 @@ def connect(tracking_uri: str) -> Any:
     from mlflow import MlflowClient
 
     with reaching(tracking_uri):
-        _make_file(tracking_uri)
+        path = sqlite_path(tracking_uri)
+        if path is not None:
+            _make_database(path)
         return MlflowClient(tracking_uri, tracking_uri)
 
 
@@ -106,18 +109,34 @@ def sqlite_path(tracking_uri: str) -> Path | None:
     return Path(path) if scheme == "sqlite" and path else None
 
 
-def _make_file(tracking_uri: str) -> None:
-    """Make a SQLite file and its folder, as MLflow would.
+def _make_database(path: Path) -> None:
+    """Make a SQLite database and its folder, whole or not at all.
 
-    MLflow tries for minutes to open a file that it can't, and does not say what is wrong with it.
+    MLflow tries for minutes to open a file that it can't, and does not say what is wrong with it;
+    and a database whose making broke off (a full disk, a kill) it never finishes. So its tables are
+    made in a file beside, which then takes the name, unless another process was first.
     """
-    path = sqlite_path(tracking_uri)
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("rb" if path.exists() else "ab").close()  # who only reads need not write
-        except OSError as error:
-            raise disk_error(error, path) from error
+    from mlflow import MlflowClient
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            path.open("rb").close()  # who only reads need not write
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+        part.touch()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        uri = f"sqlite:///{part.resolve()}"
+        MlflowClient(uri, uri).search_experiments(max_results=1)
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+        with suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        for left in path.parent.glob(f"{part.name}*"):  # SQLite's journal too
+            left.unlink(missing_ok=True)
 
 
 def code_of(error: BaseException) -> str:
@@ -141,6 +160,8 @@ def reaching(tracking_uri: str) -> Iterator[None]:
                 f"{hide_password(tracking_uri)} needs the Python module {error.name}, which is not "
                 "here: install its package, or name another MLflow server"
             ) from error
+        if "database or disk is full" in str(error):
+            raise disk_error(OSError(errno.ENOSPC, "no space left"), where) from error
         if "readonly database" in str(error):
             raise InputError(
                 f"may not write {hide_password(tracking_uri)} (read-only): name another place"

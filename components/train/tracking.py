@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 def resolve_tracking(spec: RunSpec) -> TrackingSettings | None:
     """Say where a spec's runs are tracked, or None when tracking is off.
 
-    The URI is `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file beside the runs.
+    The URI is `tracking.uri`, else `MLFLOW_TRACKING_URI`, else a SQLite file beside the runs (for
+    runs on S3, where runs of this folder are by default).
     """
     if not spec.tracking.enabled:
         return None
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         storage = spec.train.storage_path
-        folder = Path("runs") if store.is_s3(storage) else store.local_path(storage)
+        folder = Path("runs/train") if store.is_s3(storage) else store.local_path(storage)
         uri = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
     scheme, separator, path = uri.partition(":///")
     if scheme == "sqlite" and separator:  # workers run in another folder

@@ -102,8 +102,8 @@ def describe(error: BaseException, command: str = "") -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and command in EXTRA_OF:
         missing = (error.name or "").split(".")[0]
         return (
-            f"{command} needs {missing}, which is not installed: "
-            f"pip install 'echodistill[{EXTRA_OF[command]}]'",
+            f"{command} needs {missing}, which is not installed: pip install -c constraints.txt "
+            f"-e '.[{EXTRA_OF[command]}]' in the checkout",
             WRONG_INPUT,
         )
     if isinstance(error, OSError) and error.errno in DISK_FULL:

@@ -17,14 +17,16 @@ from components.evaluate.evaluate import (
     load_feature_models,
     record_metrics,
 )
+from components.evaluate.measure import MEASURED
 from components.ingest.concept_folder import Concept
 from components.promote.promote import promote, rollback
 from components.register.registry import get_version, register_adapter, set_metrics
-from components.spec import GateSpec
+from components.spec import GateSpec, resolve_spec
 from model.adapter import load_adapter
 from model.base_pair import BasePair
 from model.errors import InputError
 from model.sampler import draw
+from pipeline.assess import Assessor
 from tests.integration.data.conftest import MakeAdapter
 from tests.tiny import TinyPaths
 
@@ -160,6 +162,22 @@ def test_from_candidate_to_champion_and_back(
     assert again.promoted and "already" in again.reasons[0]
     back = rollback(concept.id, tracking_uri=tracking_uri)
     assert back.champion_before == 2 and champion() == 1
+
+    # What was measured and never put to the gate (its process died) is, when it comes again;
+    # what the gate has seen is left alone, also after a roll-back.
+    assessor = Assessor(resolve_spec("pocket"), tracking_uri, lambda _: None)
+
+    def finished(number: int) -> int:
+        version = get_version(concept.id, number, tracking_uri=tracking_uri)
+        assert version is not None and MEASURED in version.metrics
+        assessor.finish(version, concept)
+        return champion()
+
+    assert finished(2) == 1
+    third = register_adapter(make_adapter(3, "c"), concept, tracking_uri=tracking_uri)
+    best = replace(found, after=replace(found.before, clip_i=found.before.clip_i + 0.1))
+    record_metrics(third, best, tracking_uri=tracking_uri)
+    assert finished(3) == 3
 
 
 def test_what_is_not_there_can_not_be_promoted(tracking_uri: str) -> None:

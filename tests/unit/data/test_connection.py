@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from components.register.connection import connect, reaching
-from model.errors import InputError
+from model.errors import EchoDistillError, InputError
 
 
 def test_a_database_that_cannot_be_made_or_opened_is_refused(tmp_path: Path) -> None:
@@ -30,3 +32,28 @@ def test_a_database_that_may_only_be_read_is_refused_when_it_is_written(tmp_path
 def test_a_database_whose_driver_is_missing_is_refused() -> None:
     with pytest.raises(InputError, match="mysql://x/y needs the Python module MySQLdb"):
         connect("mysql://me:secret@x/y")
+
+
+def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    place = tmp_path / "runs" / "mlflow.db"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(EchoDistillError):
+            connect(f"sqlite:///{place}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(place.parent.iterdir())
+    place.touch()  # and what an earlier version left empty is made
+    with ThreadPoolExecutor(2) as threads:
+        clients = list(threads.map(connect, [f"sqlite:///{place}"] * 2))
+    made = clients[0].create_experiment("shared")
+    assert clients[1].get_experiment_by_name("shared").experiment_id == made
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_full_disk_is_said_so_whoever_met_it() -> None:
+    full = pytest.raises(EchoDistillError, match="no space left on the disk while writing the MLfl")
+    with full, reaching("sqlite:///x.db"):
+        raise sqlite3.OperationalError("database or disk is full")

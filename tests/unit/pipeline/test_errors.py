@@ -80,7 +80,7 @@ def test_a_missing_package_names_the_extra_that_brings_it(
     assert run(arguments, Output()) == 2
     told = capfd.readouterr().err
     assert f"{arguments[0]} needs {missing}" in told
-    assert f"pip install 'echodistill[{extra}]'" in told
+    assert f"-e '.[{extra}]'" in told
 
 
 @pytest.mark.parametrize("as_json", [False, True])
