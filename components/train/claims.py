@@ -90,7 +90,7 @@ class Lease:
         self._thread.join()
         if not self.lost.is_set():
             self._facts |= {"ended": how, "error": error}
-            self._write(self._tag)
+            self._renew_once()
 
     def _taken(self, lease: dict[str, Any]) -> InputError:
         return InputError(
@@ -118,7 +118,7 @@ class Lease:
             there = documents.read(self._place)
             if there is None or there.value.get("holder") != self.holder:
                 return False
-            tag = there.tag
+            tag = self._write(there.tag) or there.tag
         self._tag = tag
         return True
 

@@ -42,6 +42,17 @@ def test_a_lease_that_is_not_renewed_runs_out(tmp_path: Path) -> None:
     assert after is not None and after.value["holder"] == "another" and not after.value["ended"]
 
 
+def test_a_lease_ends_though_the_answer_to_its_last_renewal_was_lost(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path / "b1"), "job-1")
+    place = f"{tmp_path}/b1/{LEASE}"
+    there = documents.read(place)
+    assert there is not None
+    documents.write(place, {**there.value, "beat": 0.0})  # its own write, of which it never heard
+    lease.end("done")
+    after = documents.read(place)
+    assert after is not None and after.value["ended"] == "done"
+
+
 def test_a_digest_has_one_claimant_until_it_lets_go_or_dies(tmp_path: Path) -> None:
     storage = str(tmp_path)
     leases = [Lease(f"{storage}/batches/b{n}", f"job-{n}") for n in range(3)]
