@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from threading import Event as Flag
 
+from components.register.connection import Patience
 from components.train.batch import load_batch
 from components.train.claims import JOB_NAME, LEASE_SECONDS, Lease
 from components.train.state import ConceptState
-from model.errors import EchoDistillError, InputError
+from model.errors import AwayError, EchoDistillError, InputError, ServiceError
 from pipeline.cli.interruptible import Interruptible
-from pipeline.driver import Driver
+from pipeline.driver import START_SECONDS, Driver
 from pipeline.pack_run import log_lines
-from pipeline.progress import Progress
+from pipeline.progress import Event, Progress
 from pipeline.services import local_ray, quiet_libraries
 
 
@@ -35,10 +36,11 @@ def drive(
 
     Raises:
         InputError: when another driver works on it, or settings are wrong.
-        ServiceError: when a service is out of reach at the start.
+        ServiceError: when a service stays out of reach at the start.
     """
-    batch = load_batch(uri)
-    lease = Lease(uri, job, seconds=lease_seconds)
+    patience = _patience(uri, progress, stop)
+    batch = patience.ask(lambda: load_batch(uri))
+    lease = patience.ask(lambda: Lease(uri, job, seconds=lease_seconds))
     driver: Driver | None = None
     try:
         driver = Driver(batch, lease, progress, stop, **seconds)
@@ -47,7 +49,10 @@ def drive(
             raise InputError(f"another driver took the batch {uri} over: this one ends")
     except BaseException as error:
         ours = isinstance(error, EchoDistillError)
-        lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
+        if stop.is_set() and ours:  # while it waited for a service
+            lease.end("cancelled")
+        else:
+            lease.end("failed", str(error) if ours else f"{type(error).__name__}: {error}")
         if driver is not None:
             driver.tell_end()
         raise
@@ -60,26 +65,39 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of the cluster's job: a batch's URI, and `--failed`."""
     quiet_libraries()
     uri, failed = arguments[0], "--failed" in arguments
-    batch = load_batch(uri)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", batch.registry)
-    stop = Flag()
+    stop, say = Flag(), log_lines()
 
-    def work() -> dict[str, ConceptState]:
+    def work() -> bool:
+        batch = _patience(uri, say, stop).ask(lambda: load_batch(uri))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", batch.registry)
         with local_ray(cpus=1, echo=True):
             job = os.environ.get(JOB_NAME, "")
-            return drive(uri, log_lines(), stop, failed=failed, job=job)
+            states = drive(uri, say, stop, failed=failed, job=job)
+        left = batch.train_only  # the gate is another's business
+        return all(one.good or (left and one.state == "trained") for one in states.values())
 
     try:
-        states = Interruptible(log_lines()).run(work, stop.set)
+        good = Interruptible(say).run(work, stop.set)
     except KeyboardInterrupt:  # or SIGTERM, which is how a job is stopped
         print("cancelled", flush=True)
         return 130
     except EchoDistillError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code
-    left = batch.train_only  # the gate is another's business
-    good = (one.good or (left and one.state == "trained") for one in states.values())
-    return 0 if all(good) else 1
+    return 0 if good else 1
+
+
+def _patience(uri: str, progress: Progress, stop: Flag) -> Patience:
+    """Wait for a storage that is away as a driver begins, as long as for the registry."""
+
+    def sleep(pause: float) -> None:
+        if stop.wait(pause):
+            raise ServiceError("the driver was stopped while it waited for the storage")
+
+    def say(text: str) -> None:
+        progress(Event("batch", uri, text))
+
+    return Patience(START_SECONDS, say, sleep, AwayError)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pipeline.tracking import tracking_uri
 LOOK_SECONDS = 3.0  # between two looks at the packs, and two writings of what changed
 HELD_SECONDS = 15.0  # before a digest that another batch trains is looked at again
 AWAY_SECONDS = 60.0  # before a pack asks again for a registry or storage that is away
-START_SECONDS = 3600.0  # that a driver waits at its start for a registry that is away
+START_SECONDS = 3600.0  # that a driver waits at its start for a registry or storage that is away
 _WRITERS = 16
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class Driver:
         self._held_seconds = held_seconds
         self._away_seconds = away_seconds
         self._patience_seconds = patience_seconds
+        self._patience = Patience(START_SECONDS, self._tell_waiting, self._sleep, AwayError)
         self._claims = Claims(batch.storage, lease)
         self._registry = tracking_uri(spec=batch.spec)
         self._parent = parent_of_batch(batch, self._registry)
@@ -110,9 +111,9 @@ class Driver:
 
         Raises:
             InputError: when spec, base or registry are wrong.
-            ServiceError: when the registry or the storage are out of reach at the start.
+            ServiceError: when the registry or the storage stay out of reach at the start.
         """
-        self._prepare(failed)
+        self._patience.ask(lambda: self._prepare(failed))
         looked = 0.0
         try:
             while (self._queue or self._flights) and not self._ended:
@@ -124,6 +125,9 @@ class Driver:
                     self._metrics.now(self._states.by_id.values())
                     _give_room_back()
                     looked = time.monotonic()
+            # A batch whose end nobody could read would have to be driven once more.
+            while not self._states.save() and not self._ended:
+                self._stop.wait(self._away_seconds)
         finally:
             for flight in self._flights.values():
                 _kill(flight.actor)
@@ -165,8 +169,7 @@ class Driver:
             if not one.over or (failed and one.state == "failed")
         ]
         if not batch.force and rest:
-            patience = Patience(START_SECONDS, self._tell_waiting, self._sleep)
-            already |= patience.ask(lambda: self._registered(rest, own))
+            already |= self._patience.ask(lambda: self._registered(rest, own))
         found["registry"] = hide_password(self._registry)
         documents.write(place, found)
         for name in rest:
@@ -182,8 +185,10 @@ class Driver:
         )
 
     def _tell_waiting(self, text: str) -> None:
-        """Say that the registry is away before anything could begin."""
+        """Say that the registry or the storage is away before anything could begin."""
         self._progress(Event("batch", self._batch.id, text))
+        if not self._states.by_id:  # they could not be read yet
+            return
         for number, ids in enumerate(self._batch.packs):
             for name in ids:
                 if not self._states[name].over:
@@ -192,7 +197,7 @@ class Driver:
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
-            raise ServiceError("the driver was stopped while it waited for the registry")
+            raise ServiceError("the driver was stopped while it waited for registry and storage")
 
     def _registered(self, names: Sequence[str], own: str) -> dict[str, dict[str, Any]]:
         """Return what is written of the concepts that the registry has, measured and settled.

@@ -43,8 +43,8 @@ class States:
             self.by_id[state.id] = state
             self._changed.add(pack)
 
-    def save(self) -> None:
-        """Write the packs that changed; what can't be written now is written later."""
+    def save(self) -> bool:
+        """Write the packs that changed; tells whether all are: the rest is written later."""
         numbers, self._changed = sorted(self._changed), set()
 
         def save(number: int) -> int | None:
@@ -58,3 +58,4 @@ class States:
 
         unwritten = self._pool.map(save, numbers)
         self._changed |= {number for number in unwritten if number is not None}
+        return not self._changed

@@ -48,7 +48,7 @@ class RegistryAwayError(AwayError):
 
 
 class Patience:
-    """Waits for an MLflow server that is away, ever longer, and no longer than so many seconds.
+    """Waits for a service that is away, ever longer, and no longer than so many seconds.
 
     What was waited counts for all that is asked, until the server answers again: of many concepts
     one alone waits.
@@ -59,24 +59,29 @@ class Patience:
         seconds: float,
         say: Callable[[str], None],
         sleep: Callable[[float], object] = time.sleep,
+        what: type[AwayError] = RegistryAwayError,
     ) -> None:
-        """Wait at most `seconds`; `say` hears of each wait, and `sleep` waits."""
+        """Wait at most `seconds`; `say` hears of each wait, and `sleep` waits.
+
+        `what` is waited for: by default an MLflow server, with `AwayError` a storage as well.
+        """
         self._seconds = seconds
         self._say = say
         self._sleep = sleep
+        self._what = what
         self._since: float | None = None
 
     def ask(self, what: Callable[[], T]) -> T:
-        """Return what `what` returns, asked again while the server is away.
+        """Return what `what` returns, asked again while the service is away.
 
         Raises:
-            RegistryAwayError: when it stayed away; `what` is asked once at least.
+            AwayError: when it stayed away; `what` is asked once at least.
         """
         pause = _FIRST_PAUSE
         while True:
             try:
                 answer = what()
-            except RegistryAwayError as error:
+            except self._what as error:
                 now = time.monotonic()
                 self._since = self._since or now
                 left = self._seconds - (now - self._since)

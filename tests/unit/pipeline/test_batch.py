@@ -10,7 +10,7 @@ from threading import Event
 import pytest
 from PIL import Image
 
-from components.ingest import documents
+from components.ingest import documents, s3
 from components.ingest.concept_folder import CheckedConcept, Concept, check_prefix
 from components.spec import RunSpec, resolve_spec
 from components.train.batch import (
@@ -32,6 +32,7 @@ from pipeline.driver import Driver
 from pipeline.progress import silent
 from pipeline.run import ConceptResult
 from tests.conftest import S3Bucket
+from tests.faults import Faults, everything, faulty_proxy
 
 
 def checked(name: str, *problems: str) -> CheckedConcept:
@@ -164,3 +165,30 @@ def test_a_failed_concept_names_the_command_that_tries_it_again(tmp_path: Path) 
     finally:
         lease.end("done")
     assert note == f"echodistill retry {batch.uri} --failed tries it again"
+
+
+def test_a_driver_does_not_end_before_the_last_states_are_written(
+    tmp_path: Path, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "REQUEST_ATTEMPTS", 0)
+    faults = Faults(only=everything)
+    with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        batch, concepts = plan_batch(
+            "photos", [checked("a")], at_storage(spec_at(tmp_path), s3_bucket.uri), registry=""
+        )
+        save_batch(batch, concepts)
+        lease = Lease(batch.uri, "job")
+        driver = Driver(batch, lease, silent, Event(), away_seconds=0.1)
+        done = ConceptState("a", "trained", version="1", promoted=True)
+
+        def settle(failed: bool) -> None:  # the storage goes away with the last pack's end
+            driver._states.by_id = {"a": ConceptState("a")}
+            driver._states.put(0, done)
+            faults.plan = ["503"] * 4
+
+        monkeypatch.setattr(driver, "_prepare", settle)
+        assert driver.run() == {"a": done}
+        lease.end("done")
+        assert BatchView(batch.uri).read().concepts == (done,)
+    assert faults.done["503"] == 4
