@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from components.ingest import documents, store
 from components.train.batch import Batch
-from components.train.claims import JOB_NAME, LEASE, end_lease, is_alive
+from components.train.claims import JOB_NAME, LEASE, LEASE_SECONDS, end_lease, is_alive
 from model.errors import InputError, ServiceError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -26,7 +26,7 @@ _ENVIRONMENT = {
     # The packs say much that is alike, and each is a line of its own.
     "RAY_DEDUP_LOGS": "0",
 }
-_OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
+OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
 
 
 class Jobs:
@@ -81,7 +81,7 @@ class Jobs:
     def running(self, batch: Batch) -> bool:
         """Tell whether a job of a batch is pending or runs."""
         with self._plain_errors():
-            return any(self.state(job)[0] not in _OVER for job in self._of(batch))
+            return any(self.state(job)[0] not in OVER for job in self._of(batch))
 
     def logs(self, batch: Batch) -> str:
         """Return what the drivers of a batch and their packs said.
@@ -98,11 +98,37 @@ class Jobs:
                 )
             return "".join(self._client.get_job_logs(job) for job in jobs)
 
+    def check_own(self, batch: Batch) -> None:
+        """Refuse a batch that a driver works on of which this cluster knows nothing.
+
+        Raises:
+            InputError: when there is one: another cluster's, or one that died a moment ago with the
+                head that knew its job.
+        """
+        lease = documents.read(store.join(batch.uri, LEASE))
+        if lease is None or not is_alive(lease.value):
+            return
+        job = lease.value.get("job")
+        with self._plain_errors():
+            if job not in self._of(batch):
+                raise InputError(
+                    f"a driver ({f'job {job}' if job else 'of a RayJob'}) works on the batch "
+                    f"{batch.id} that the cluster at {self.address} does not know: give the "
+                    "--address of its own (a RayJob is deleted), or wait "
+                    f"{LEASE_SECONDS:.0f} s if that is gone"
+                )
+
     def cancel(self, batch: Batch) -> None:
-        """Stop a batch's jobs and wait until they are; what is trained stays."""
+        """Stop a batch's jobs and wait until they are; what is trained stays.
+
+        Raises:
+            InputError: when another cluster works on it.
+            ServiceError: when the cluster is out of reach, or a job does not stop.
+        """
+        self.check_own(batch)
         with self._plain_errors():
             for job in self._of(batch):
-                if self.state(job)[0] not in _OVER:
+                if self.state(job)[0] not in OVER:
                     self._client.stop_job(job)
             deadline = time.monotonic() + STOP_SECONDS
             while self.running(batch):

@@ -22,11 +22,12 @@ from components.train.batch import (
 from components.train.claims import end_lease, queue_again
 from components.train.state import BatchStatus, BatchView
 from model.errors import InputError, ServiceError
-from pipeline.jobs import Jobs, is_driven, is_lost
+from pipeline.jobs import OVER, Jobs, is_driven, is_lost
 from pipeline.progress import Event, Progress
 from pipeline.tracking import tracking_uri
 
 WAIT_SECONDS = 2.0
+AWAY_SECONDS = 300.0  # that who waits for a batch does without its cluster or storage
 # A job that has just ended may still be writing its last words.
 _GRACE_SECONDS = 10.0
 
@@ -141,13 +142,15 @@ def retry(
     """Start another driver for what a batch has left to do; returns the job's id.
 
     Raises:
-        InputError: when a driver works on it.
+        InputError: when a driver works on it, here or on another cluster.
         ServiceError: when storage or cluster are out of reach.
     """
+    jobs.check_own(batch)
+    lost = is_lost(batch)
     # A head that was started again may take a job for running whose driver went with it.
-    if jobs.running(batch) and not is_lost(batch):
+    if jobs.running(batch) and not lost:
         raise InputError(f"the batch {batch.id} is being worked on: wait, or cancel it")
-    if is_driven(batch):  # its job is over, but did not say so: it was killed
+    if lost or is_driven(batch):  # its job is over, but did not say so: it was killed
         end_lease(batch.uri, "interrupted")
     queue_again(batch.uri)
     return jobs.submit(batch, failed=failed, environment=environment)
@@ -156,14 +159,27 @@ def retry(
 def wait(view: BatchView, jobs: Jobs, job: str, progress: Progress) -> BatchStatus:
     """Read a batch's status until its job is over, telling what changes; returns the last one.
 
+    A head that starts again and a storage that is away are waited for: the driver goes on.
+
     Raises:
-        ServiceError: when the job ended without its driver having begun.
+        ServiceError: when the job ended without its driver having begun, or cluster or storage
+            stay away.
     """
     told: dict[str, tuple[str, int]] = {}
-    gone = 0.0
+    gone = away = 0.0
     while True:
-        over = jobs.state(job)[0] in ("STOPPED", "SUCCEEDED", "FAILED")
-        status = view.read()
+        try:
+            status, over = _look(view, jobs, job)
+        except ServiceError as error:
+            if not away:
+                away = time.monotonic()
+                progress(Event("batch", view.batch.id, f"goes on by itself: {error}"))
+            if time.monotonic() - away > AWAY_SECONDS:
+                where = f"echodistill status {view.batch.uri} --watch"
+                raise ServiceError(f"{error}; the batch may go on by itself: {where}") from error
+            time.sleep(WAIT_SECONDS)
+            continue
+        away = 0.0
         told = _tell(status, told, progress)
         if over and (status.over or gone and time.monotonic() - gone > _GRACE_SECONDS):
             break
@@ -180,6 +196,20 @@ def wait(view: BatchView, jobs: Jobs, job: str, progress: Progress) -> BatchStat
             f"could work: {' | '.join(lines)[:500]}"
         )
     return status
+
+
+def _look(view: BatchView, jobs: Jobs, job: str) -> tuple[BatchStatus, bool]:
+    """Return a batch's status, and whether its job is over.
+
+    When the cluster does not answer, a batch that says that it is over is believed.
+    """
+    status = view.read()
+    try:
+        return status, jobs.state(job)[0] in OVER
+    except ServiceError:
+        if status.over:
+            return status, True
+        raise
 
 
 def _tell(

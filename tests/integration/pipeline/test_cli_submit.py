@@ -18,9 +18,14 @@ import pytest
 import requests
 from PIL import Image
 
+from components.ingest import documents
+from components.train.claims import LEASE, Lease
+from components.train.state import BatchView
+from tests.faults import Faults, faulty_proxy
 from tests.integration.pipeline.commands import environment, run
 from tests.integration.pipeline.processes import MARK, left_behind, new_mark
 from tests.manifests.rendered import containers, sets
+from tests.unit.pipeline.test_batch import planned
 
 QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
 SLOW = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=0")
@@ -78,6 +83,10 @@ def wait_for(condition: Callable[[Any], bool], *words: str, cwd: Path) -> Any:
     raise AssertionError(done.stdout + done.stderr)
 
 
+def asks_for_a_job(method: str, path: str) -> bool:
+    return method == "GET" and path.startswith("/api/jobs/") and path != "/api/jobs/"
+
+
 def by_id(document: Any) -> dict[str, Any]:
     return {one["id"]: one for one in document["concepts"]}
 
@@ -123,9 +132,13 @@ def test_a_batch_with_broken_folders(
     assert "register" in logs.stdout and "my-robot register" not in logs.stdout
     assert all("my-dog" in line for line in logs.stdout.splitlines())
 
-    # Nothing is trained twice, and what was trained is where other commands look for it.
-    again = run(*words, *there, "--wait", cwd=tmp_path)
+    # Nothing is trained twice, and what was trained is where other commands look for it. Who waits
+    # is not put off by a head that does not answer for a moment.
+    faults = Faults(plan=["drop", "503"], only=asks_for_a_job)
+    with faulty_proxy(cluster, faults) as proxy:
+        again = run(*words, "--address", proxy, "--wait", cwd=tmp_path)
     assert again.code == 1 and again.document["counts"] == {"already": 2, "invalid": 3}
+    assert not faults.plan and again.stderr.count("goes on by itself") == 1, again.stderr
     assert again.document["batch"] != done.document["batch"]
     # The last one is meant where none is named, and there is nothing to try again.
     nothing = run("retry", "--failed", *there, "--json", cwd=tmp_path)
@@ -134,6 +147,21 @@ def test_a_batch_with_broken_folders(
     assert nothing.document["job"] == again.document["job"]
     picture = run("generate", "my-dog", "a dog on the beach", "--json", cwd=tmp_path)
     assert picture.code == 0 and picture.document["sha256"] == found["my-dog"]["sha256"]
+
+
+def test_a_batch_that_another_cluster_drives_is_left_to_it(cluster: str, tmp_path: Path) -> None:
+    batch = planned(tmp_path, "fox")
+    lease = Lease(batch.uri, "elsewhere-j1")
+    for command in ("cancel", "retry"):
+        refused = run(command, batch.uri, "--address", cluster, "--json", cwd=tmp_path)
+        assert refused.code == 2 and "job elsewhere-j1" in refused.error, refused.stderr
+        assert BatchView(batch.uri).read().state == "running"
+    lease.end("done")
+    # One that died is known by its lease: a cancelled batch of it is cancelled, wherever.
+    dead = {"holder": "x", "job": "elsewhere-j1", "ended": None, "expires": time.time() - 1}
+    documents.write(f"{batch.uri}/{LEASE}", dead)
+    done = run("cancel", batch.uri, "--address", cluster, "--json", cwd=tmp_path)
+    assert done.code == 0 and done.document["state"] == "cancelled", done.stderr
 
 
 @pytest.mark.slow
