@@ -28,7 +28,7 @@ from components.train.batch import (
 from components.train.claims import LEASE, Lease
 from components.train.state import FOUND, PACKS, BatchView, ConceptState, as_facts
 from model.errors import InputError
-from pipeline.driver import Driver
+from pipeline.driver import Driver, _Flight, _Turn
 from pipeline.progress import silent
 from pipeline.run import ConceptResult
 from tests.conftest import S3Bucket
@@ -192,3 +192,31 @@ def test_a_driver_does_not_end_before_the_last_states_are_written(
         lease.end("done")
         assert BatchView(batch.uri).read().concepts == (done,)
     assert faults.done["503"] == 4
+
+
+def test_only_so_many_packs_wait_for_room_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = planned(tmp_path, "a")
+    lease = Lease(batch.uri, "job")
+    driver = Driver(batch, lease, silent, Event())
+    lease.end("done")
+    started: list[_Turn] = []
+
+    def start(turn: _Turn) -> bool:
+        if turn.pack == 1:  # another batch trains it
+            return False
+        started.append(turn)
+        driver._flights[turn.pack] = _Flight(turn, None, [], ())
+        return True
+
+    monkeypatch.setattr(driver, "_start", start)
+    later = _Turn(0, ("a",), not_before=time.monotonic() + 600)
+    driver._queue.extend([later, *(_Turn(number, ("a",)) for number in range(1, 6))])
+    for _ in range(2):
+        driver._launch()
+        assert [turn.pack for turn in started] == [2, 3]
+    driver._flights[2].began = True  # it has room, and the next may ask for some
+    driver._launch()
+    assert [turn.pack for turn in started] == [2, 3, 4]
+    assert later in driver._queue
