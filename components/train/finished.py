@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from components.ingest import store
-from components.ingest.cache import cache_root
+from components.ingest.cache import cache_root, disk_error
 from components.train.delivery import UNLOGGED, read_unlogged
 from components.train.job import ADAPTERS, RESULTS, TrainedConcept
+from model.errors import DISK_FULL, EchoDistillError
 
 
 def adapters_folder(storage: str, run_name: str) -> Path:
@@ -34,9 +35,16 @@ def finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str
         those that the checkpoint holds an adapter of, under the same digest, by id.
 
     Raises:
-        ServiceError: when the storage is out of reach.
+        ServiceError: when the storage is out of reach, or the disk is full.
 
     """
+    try:
+        return _finished(checkpoint, digests, out)
+    except OSError as error:
+        raise _disk_error(error, out) from error
+
+
+def _finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str, TrainedConcept]:
     entry = store.find(store.join(checkpoint, RESULTS))
     written = json.loads(store.fetch(entry).read_text()) if entry else {}
     there = [name for name, facts in written.items() if _is(facts, digests.get(name))]
@@ -45,6 +53,13 @@ def finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str
     wanted = (RESULTS, UNLOGGED, *(f"{ADAPTERS}/{name}/" for name in there))
     with store.fetched_folder(checkpoint, lambda name: name.startswith(wanted)) as folder:
         return {made.id: made for made in read_results(folder, there, out)}
+
+
+def _disk_error(error: OSError, where: Path) -> EchoDistillError:
+    """Say what broke a copy; that of a whole folder tells its files' errors in words only."""
+    full = (code for code in DISK_FULL if os.strerror(code) in str(error))
+    code = error.errno or next(full, None)
+    return disk_error(OSError(code, os.strerror(code)) if code else error, where)
 
 
 def _is(facts: Mapping[str, Any], digest: str | None) -> bool:
