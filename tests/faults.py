@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
+UNABLE = b"<Error><Code>NotImplemented</Code><Message>not implemented</Message></Error>"
 KINDS = (
     "503",  # a gateway's page instead of an answer
     "slow",  # S3's 503 SlowDown
@@ -22,6 +23,7 @@ KINDS = (
     "cut",  # half of the body arrives
     "flip",  # the body arrives with a wrong bit
     "late",  # nothing comes for `late_seconds`
+    "unable",  # the 501 of a store that can't do what is asked
 )
 
 
@@ -126,6 +128,9 @@ def _handler(upstream: str, faults: Faults) -> type[BaseHTTPRequestHandler]:
             if fault in ("503", "slow"):
                 body = SLOW_DOWN if fault == "slow" else b"<html>Service Unavailable</html>"
                 self._answer(503, [("Content-Type", "application/xml")], body, body)
+                return
+            if fault == "unable":
+                self._answer(501, [("Content-Type", "application/xml")], UNABLE, UNABLE)
                 return
             status, headers, body = self._ask(sent)
             if fault == "lose":

@@ -104,6 +104,20 @@ def test_no_fault_on_the_way_loses_or_doubles_a_write(
     assert faults.done[fault] >= 7 and not faults.plan
 
 
+def test_a_store_without_conditional_writes_is_written_to_without_them(
+    s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(plan=["unable", "ok"] * 2, only=lambda method, path: method == "PUT")
+    with faulty_proxy(s3_bucket.endpoint, faults) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        uri = f"{s3_bucket.uri}/a.json"
+        first = documents.write(uri, "first", documents.ABSENT)
+        assert first and documents.write(uri, "second", first) not in (None, first)
+        there = documents.read(uri)
+        assert there is not None and there.value == "second"
+    assert faults.done == {"unable": 2, "ok": 3}
+
+
 def test_a_store_that_stays_away_is_one_sentence(
     s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
