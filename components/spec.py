@@ -56,10 +56,11 @@ class TrainSpec(_Section):
     pass. With one item a pass most of the round-off is the same whatever the number of workers.
     `checkpointing` computes activations again in the backward pass instead of keeping them: about a
     third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
-    out as a GPU's matrix units want them; auto: on a GPU. `compile` has torch compile the frozen
-    networks' blocks, anew for every pack size. `cuda_graphs` records their work of an iteration and
-    replays it, so that a GPU waits for no launches; elsewhere it does nothing. At `zero_stage` 3
-    several workers share the frozen networks' memory as well, and wait for each other's weights.
+    out as a GPU's matrix units want them; auto: on a GPU, if compiled. `compile` has torch compile
+    the frozen networks' blocks, anew for every pack size. `cuda_graphs` records their work of an
+    iteration and replays it, so that a GPU waits for no launches; elsewhere it does nothing. At
+    `zero_stage` 3 several workers share the frozen networks' memory as well, and wait for each
+    other's weights.
     """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)

@@ -26,9 +26,13 @@ _VARIANTS = 1024
 
 
 def accelerate(frozen: Frozen, channels_last: bool | Literal["auto"], compiled: bool) -> None:
-    """Change the networks in place as a run spec asks for; `auto` is channels last on a GPU."""
-    on_gpu = frozen.pair.device.type == "cuda"
-    if on_gpu if channels_last == "auto" else channels_last:
+    """Change the networks in place as a run spec asks for.
+
+    `auto` is channels last where blocks are compiled for a GPU: as they are, torch's group norm is
+    slower in that layout than the changes of layout that it saves.
+    """
+    worth = compiled and frozen.pair.device.type == "cuda"
+    if worth if channels_last == "auto" else channels_last:
         use_channels_last(frozen)
     if compiled:
         compile_blocks(frozen)

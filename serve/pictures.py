@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import os
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,19 @@ def encode_picture(picture: np.ndarray, output_format: OutputFormat) -> bytes:
     """The file of a picture [H, W, 3] uint8."""
     if output_format == "png":
         return png(picture)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, output_format, **_OPTIONS[output_format])
-    return buffer.getvalue()
+    with _file() as file:
+        Image.fromarray(picture).save(file, output_format, **_OPTIONS[output_format])
+        file.seek(0)
+        return file.read()
+
+
+def _file() -> BinaryIO:
+    """A file in memory.
+
+    Of the operating system where it has them (Linux): only while it writes to a real file does
+    Pillow's JPEG encoder let other threads run, and whoever draws is one of these
+    (tests/bench/encoder_threads.py).
+    """
+    if not hasattr(os, "memfd_create"):
+        return io.BytesIO()
+    return os.fdopen(os.memfd_create("picture"), "w+b")

@@ -40,12 +40,12 @@ class Recipe:
     vae_batch: int = 96
     vae_statistics: int = 512
     latents: int = 600_000
-    teacher_steps: int = 19_000
+    teacher_steps: int = 58_000
     teacher_batch: int = 256
-    pairs: int = 24_576
+    pairs: int = 32_768
     pair_steps: int = 12
-    regression_steps: int = 1200
-    student_steps: int = 3100
+    regression_steps: int = 1800
+    student_steps: int = 8000
     student_batch: int = 128
     subject_steps: int = 2500
     subject_batch: int = 16

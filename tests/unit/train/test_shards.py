@@ -47,7 +47,7 @@ def compare(paths: Any, checkpointing: bool, channels_last: bool) -> dict[str, A
     shards.SMALL = shards.WHOLE_AT_ONCE = 0
     bases = BasePaths.from_spec(tiny_spec(paths))
     frozen = load_frozen(bases, torch.float32, torch.device("cpu"), 32, checkpointing)
-    if channels_last:  # as on every GPU
+    if channels_last:  # as on a GPU
         use_channels_last(frozen)
     laid_out = strides(frozen)
     before = [p.detach().clone() for network in networks(frozen) for p in network.parameters()]
