@@ -6,6 +6,8 @@ and optional; `adapter.json` says what they are. Nothing here is pickled, and na
 files are never used as paths.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,11 +34,13 @@ from model.adapter_meta import (
     check_meta,
     describe,
 )
-from model.base_pair import BasePair
-from model.cross_attention import KVLayout, join, split
 from model.errors import EchoDistillError, InputError
+from model.kv_layout import KVLayout, join, split
 from model.low_rank import whole
 from model.views import name_concept
+
+if TYPE_CHECKING:  # the networks' libraries take seconds
+    from model.base_pair import BasePair
 
 TOKEN_ROWS = "token_rows"
 

@@ -4,17 +4,21 @@ Schema version 2 may hold low-rank factors (`rank`, `teacher_rank` and their err
 the same with whole deltas alone, and is read for ever.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model import METHOD_VERSION
-from model.base_pair import BasePair
 from model.errors import InputError
 from model.names import CONCEPT_ID
 from model.text import TOKEN_PATTERN
+
+if TYPE_CHECKING:  # the networks' libraries take seconds
+    from model.base_pair import BasePair
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from model.cross_attention import KVLayout, base_weight, expose_keys_values
+from model.cross_attention import base_weight, expose_keys_values
 from model.errors import InputError
+from model.kv_layout import KVLayout
 from model.schedule import NoiseSchedule
 
 _PROBES = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.evaluate.evaluate import BEFORE, MODELS_TAG, PROTOCOL_TAG
+from components.evaluate.tags import BEFORE, MODELS_TAG, PROTOCOL_TAG
 from components.ingest.cache import disk_error
 from components.ingest.concept_folder import Concept
 from components.register.connection import hide_password

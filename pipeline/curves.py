@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components.register.connection import connect, reaching
-from components.train.loop import LOSS
+from components.train.names import LOSS
 
 
 def curves_of(run_id: str, tracking_uri: str) -> dict[str, list[tuple[int, float]]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.evaluate.evaluate import BEFORE
+from components.evaluate.tags import BEFORE
 from components.ingest.cache import replacing
 from components.spec import RunSpec
 from model.names import METRICS

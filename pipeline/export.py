@@ -143,7 +143,7 @@ def _lowered(pair: BasePair, adapter: Adapter, wanted: int | None) -> tuple[Adap
 
 def _merged(pair: BasePair, adapter: Adapter) -> tuple[Adapter, dict[str, torch.Tensor]]:
     """The base's K/V matrices with the adapter in them, fp16, and what they leave of it."""
-    from model.cross_attention import split
+    from model.kv_layout import split
 
     matrices = split(pair.student_layout, adapter.student_weight(pair))
     merged = {name: matrix.half() for name, matrix in matrices.items()}

@@ -31,7 +31,6 @@ from components.train.job import STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
 from model.errors import AwayError, EchoDistillError, InputError, ServiceError
-from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
 from pipeline.run import (
     REGISTRY_SECONDS,
@@ -340,7 +339,22 @@ class RemoteAssessor:
         settings = self._spec.train
         gpus = 1 if uses_cuda(settings.device) else 0
         options = {"num_cpus": settings.cpus_per_worker or 1, "num_gpus": gpus}
-        return ray.remote(Assessor).options(**options).remote(self._spec, self._registry, silent)
+        return ray.remote(_AssessorThere).options(**options).remote(self._spec, self._registry)
+
+
+class _AssessorThere:
+    """An `Assessor` in its actor: the networks' libraries are loaded there and not here."""
+
+    def __init__(self, spec: RunSpec, registry: str) -> None:
+        from pipeline.assess import Assessor
+
+        self._assessor = Assessor(spec, registry, silent)
+
+    def assess(self, version: RegisteredVersion, concept: Concept) -> Assessed:
+        return self._assessor.assess(version, concept)
+
+    def finish(self, version: RegisteredVersion, concept: Concept) -> Assessed:
+        return self._assessor.finish(version, concept)
 
 
 def _raise_cause(error: Exception) -> NoReturn:

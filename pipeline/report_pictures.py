@@ -14,7 +14,7 @@ from components.ingest.concept_folder import Concept
 from components.ingest.pictures import decode
 from components.register.connection import connect
 from components.register.registry import RegisteredVersion
-from components.train.export import PREVIEW_PROMPTS
+from components.train.preview import PREVIEW_PROMPTS
 from components.train.state import ConceptState
 from model.adapter_meta import PREVIEW_FILE
 from model.names import ADAPTER_ARTIFACT

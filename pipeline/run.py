@@ -41,7 +41,6 @@ from components.train.pack import check_storage, train_pack
 from components.train.progress import TrainEvent
 from components.train.state import ConceptState
 from model.errors import DISK_FULL, AwayError, EchoDistillError, ServiceError
-from pipeline.assess import Assessor
 from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
@@ -270,7 +269,11 @@ class PackRunner:
         self._force = force
         self._progress = progress
         self._listen = listen or relay(progress)
-        self._assessor = assessor or Assessor(spec, registry, progress)
+        if assessor is None:
+            from pipeline.assess import Assessor  # it loads the networks' libraries
+
+            assessor = Assessor(spec, registry, progress)
+        self._assessor = assessor
         self._patience = Patience(
             patience, lambda text: progress(Event("register", "MLflow", text))
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.evaluate.evaluate import BEFORE, Metrics
+from components.evaluate.evaluate import Metrics
+from components.evaluate.tags import BEFORE
 from model.adapter_meta import CARD_FILE
 from model.names import METRICS
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from components.evaluate.prompts import prompt_templates
+from components.evaluate.tags import BEFORE, MODELS_TAG, PHOTOS_TAG, PROTOCOL_TAG
 from components.ingest.cache import file_sha256, replacing
 from components.ingest.concept_folder import Concept, load_images
 from model import metrics
@@ -24,10 +25,6 @@ from model.views import square
 if TYPE_CHECKING:
     from components.register.registry import RegisteredVersion
 
-MODELS_TAG = "metric_models"
-PROTOCOL_TAG = "metric_protocol"
-PHOTOS_TAG = "metric_photos"
-BEFORE = "before_"  # names of the base's figures begin with it
 _BATCH = 8
 _GRID_PROMPTS, _GRID_SEEDS = 5, 4
 

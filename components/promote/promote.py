@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from components.evaluate.evaluate import BEFORE, MODELS_TAG, PHOTOS_TAG, PROTOCOL_TAG
+from components.evaluate.tags import BEFORE, MODELS_TAG, PHOTOS_TAG, PROTOCOL_TAG
 from components.register.connection import code_of, connect, reaching
 from components.register.registry import (
     RegisteredVersion,

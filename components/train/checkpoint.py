@@ -14,14 +14,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from components.train.engines import State
 from model.errors import InputError
+
+if TYPE_CHECKING:  # the networks' libraries take seconds
+    from components.train.engines import State
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

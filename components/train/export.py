@@ -11,19 +11,13 @@ from components.spec import spec_digest
 from components.train.job import BasePaths, total_iterations
 from components.train.loop import Run
 from components.train.members import Member
+from components.train.preview import PREVIEW_PROMPTS
 from components.train.tracking import png
 from model.adapter import load_adapter, trained_adapter, write_adapter
 from model.adapter_meta import PREVIEW_FILE, AdapterInfo
 from model.errors import EchoDistillError
 from model.rank_choice import with_rank
 from model.sampler import draw
-
-PREVIEW_PROMPTS = (
-    "a photo of a {}",
-    "a photo of a {} on the beach",
-    "a photo of a {} in the snow",
-    "a photo of a {} on a red background",
-)
 
 
 def export_adapters(run: Run, bases: BasePaths, folder: Path) -> dict[str, dict[str, Any]]:

@@ -36,8 +36,9 @@ from components.train.job import (
 )
 from components.train.members import Member, echo_of, go_on
 from components.train.memory import is_out_of_memory, measured_pack, release
+from components.train.names import LOSS, NORM
 from components.train.shards import Shards, sharded
-from components.train.watcher import LOSS, NORM, Block, Watcher, block_losses, mark_broken
+from components.train.watcher import Block, Watcher, block_losses, mark_broken
 from model.acceleration import uncompiled
 from model.batch import Batch, ConceptData, draw_batch
 from model.discriminators import DiscriminatorHeads

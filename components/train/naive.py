@@ -20,11 +20,12 @@ from components.spec import RunSpec, TrainSpec
 from model import losses
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import initial_row
-from model.cross_attention import KVLayout, base_weight, split
+from model.cross_attention import base_weight
 from model.discriminators import HIDDEN, DiscriminatorHeads
 from model.errors import InputError
 from model.identity import identity_features
 from model.iteration import Frozen
+from model.kv_layout import KVLayout, split
 from model.schedule import LAST_STEP
 from model.text import encode
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from components.train.members import Member
+from components.train.names import LOSS
 from model.echo import EchoRound
 
 if TYPE_CHECKING:
     from components.train.loop import Segment
-
-LOSS = "loss/"
-NORM = "grad_norm/"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from components.train import ranks
 from components.train.checkpoint import ConceptState, write_state
 from components.train.delivery import Entry, read_unlogged, write_unlogged
 from components.train.engines import start_deepspeed
-from components.train.export import PREVIEW_PROMPTS, export_adapters
+from components.train.export import export_adapters
 from components.train.job import (
     ADAPTERS,
     RESULTS,
@@ -34,6 +34,7 @@ from components.train.job import (
 )
 from components.train.loop import Block, Run, Segment, Watcher, block_losses, train_members
 from components.train.members import Member, load_members
+from components.train.preview import PREVIEW_PROMPTS
 from components.train.progress import TrainEvent
 from components.train.tracking import Tracker
 from model.acceleration import accelerate

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from components.evaluate.evaluate import MODELS_TAG, PROTOCOL_TAG
+from components.evaluate.tags import MODELS_TAG, PROTOCOL_TAG
 from components.ingest import documents
 from components.ingest.concept_folder import CheckedConcept, Concept
 from components.register.registry import register_adapter, set_metrics, set_tags

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from model.base_pair import BasePair
 from model.batch import Batch
-from model.cross_attention import split
 from model.discriminators import Backbone
+from model.kv_layout import split
 from tests.tiny import TinyPaths
 from tests.unit.model.packs import Trained
 

@@ -7,8 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from model.base_pair import BasePair
-from model.cross_attention import base_weight, expose_keys_values, join, keys_values, split
+from model.cross_attention import base_weight, expose_keys_values, keys_values
 from model.errors import InputError
+from model.kv_layout import join, split
 from tests.tiny import TinyPaths
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from model.adapter import Adapter, load_adapter, trained_adapter, write_adapter
 from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
-from model.cross_attention import split
 from model.errors import InputError
+from model.kv_layout import split
 from model.low_rank import DOWN, UP, Decomposition, weight_error, whole
 from model.rank_choice import TEACHER_STEPS, error_pictures, picture_error, with_rank
 from model.sampler import draw, draw_teacher

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from model.adapter import Adapter, load_adapter, save_adapter
 from model.adapter_meta import AdapterInfo
 from model.base_pair import BasePair
-from model.cross_attention import split
 from model.errors import InputError
+from model.kv_layout import split
 from model.sampler import (
     draw,
     draw_teacher,

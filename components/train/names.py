@@ -1,0 +1,4 @@
+"""Beginnings of the names of what training logs."""
+
+LOSS = "loss/"
+NORM = "grad_norm/"
