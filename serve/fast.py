@@ -137,7 +137,7 @@ class Captured:
         while True:
             try:
                 return _Graph.of(self._function, inputs, self._pool)
-            except Exception as error:
+            except Exception as error:  # compilers and drivers raise of every kind
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             # Here the error is gone, and the memory that its frames held.
             if self._function is self._plain:

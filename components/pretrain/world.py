@@ -79,8 +79,7 @@ class World:
             for name in self.names
         ]
         self.first = torch.tensor([scenes.index(n) for n in self.scene_names], device=self.device)
-        count = torch.tensor([scenes.count(n) for n in self.scene_names], device=self.device)
-        self.pictures_of = count
+        self.pictures_of = torch.bincount(self.back_scene, minlength=len(self.scene_names))
         return torch.tensor(table, device=self.device)
 
     def _index_subjects(self, held_out: bool, clear: bool) -> None:

@@ -83,6 +83,7 @@ def watched(networks: list[nn.Module], count: Counter[str], off: Counter[str]) -
 
     layers = [m for network in networks for m in network.modules() if isinstance(m, LAYERS)]
     hooks = [layer.register_forward_hook(look) for layer in layers]
+    # torch's own is a builtin, whose type no function of ours has; it is put back below.
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
