@@ -31,11 +31,12 @@ from pipeline.bench_serve_parts import ServedBase, plain_pictures, prompt
 from pipeline.bench_serve_ways import Way, ways_of
 from pipeline.progress import Event, Progress
 from serve.engine import Engine, PictureRequest
-from serve.fast import Speed, fallbacks
+from serve.fast import Speed, convolutions, fallbacks
 from serve.pictures import encode_picture
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACROSS_SIZES = 1  # levels of 255 that float32 pictures may differ by, one padded size to another
+SERVED = Way("eager", "eager")  # what is checked: on a GPU, bare networks promise less
 _LEAST_SECONDS = 20  # left for a part: with less it is not begun
 Write = Callable[[dict[str, Any]], None]
 
@@ -215,7 +216,7 @@ class _Bench:
     def check(self) -> None:
         """Compare pictures of a mixed batch with each one's own, and with plain diffusers'."""
         pair = self.served.pair
-        engine = Engine(pair, batch_sizes=(1, self.largest))
+        engine = Engine(SERVED.pair(pair), batch_sizes=(1, self.largest))
         requests = self._requests(self.largest, self.concepts)
         mixed = engine.draw(requests)
         turned = engine.draw(requests[::-1])[::-1]
@@ -291,6 +292,7 @@ class _Bench:
                 "within_size": _off(mine, turned),
                 "levels_from_eager": _off(mine, self._eager[size]),
                 "fell_back": fallbacks(engine.pair),
+                "convolutions": convolutions(engine.pair),
             }
         if self.document["tflop_per_image"] and self.document["matmul"]:
             rate = row["images_per_s"] * self.document["tflop_per_image"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import AutoencoderTiny
 
 from model.base_pair import BasePair, freeze, load_part
 from model.errors import InputError
+from serve.steady import steady, ways_taken
 
 log = logging.getLogger("echodistill.serve")
 Speed = Literal["eager", "graphs", "compile"]
@@ -28,6 +30,9 @@ _WARM_UPS = 3  # calls before a capture: kernels are chosen and workspaces made 
 
 def quicken(pair: BasePair, speed: Speed, *, channels_last: bool = False) -> BasePair:
     """The pair with a faster student and decoder; the same networks, whose weights stay shared.
+
+    On a CUDA device their convolutions are made steady too, at any speed (`serve.steady`): in
+    place, as the layout is changed.
 
     Args:
         pair: the loaded base pair.
@@ -40,13 +45,16 @@ def quicken(pair: BasePair, speed: Speed, *, channels_last: bool = False) -> Bas
         layout: Any = torch.channels_last  # torch's own types miss this argument
         for network in (pair.student, pair.vae):
             network.to(memory_format=layout)
+    if pair.device.type == "cuda":
+        for network in (pair.student, pair.vae):
+            steady(network)
     if speed == "eager":
         return pair
     if pair.device.type != "cuda":
         log.warning("speed '%s' is for CUDA devices: drawing eagerly on %s", speed, pair.device)
         return pair
-    student: Any = _Student(_fast(_denoiser(pair.student), speed), pair.student.config)
-    vae: Any = _Decoder(_fast(_decoder(pair.vae), speed), pair.vae.config)
+    student: Any = _Student(_fast(_denoiser(pair.student), speed), pair.student)
+    vae: Any = _Decoder(_fast(_decoder(pair.vae), speed), pair.vae)
     return replace(pair, student=student, vae=vae)
 
 
@@ -70,6 +78,17 @@ def fallbacks(pair: BasePair) -> list[str]:
     """What of a pair from `quicken` runs slower than it was asked to, and why; empty at best."""
     networks = [each for each in (pair.student, pair.vae) if isinstance(each, _Student | _Decoder)]
     return [reason for network in networks for reason in network.call.fallbacks]
+
+
+def convolutions(pair: BasePair) -> dict[str, int]:
+    """How many layers of a pair from `quicken` convolve in each way, counted once for each shape.
+
+    There are none on a CPU; see `serve.steady`.
+    """
+    found: Counter[str] = Counter()
+    for each in (pair.student, pair.vae):
+        found.update(ways_taken(each.network if isinstance(each, _Student | _Decoder) else each))
+    return dict(found)
 
 
 def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:
@@ -136,6 +155,8 @@ class Captured:
             self._pool = torch.cuda.graph_pool_handle()
         while True:
             try:
+                if self._function is not self._plain:
+                    self._plain(*inputs)  # steady convolutions choose their ways, to be compiled
                 return _Graph.of(self._function, inputs, self._pool)
             except Exception as error:  # compilers and drivers raise of every kind
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -192,7 +213,11 @@ class _Student:
     """The student as `BasePair.denoise` calls it."""
 
     call: Captured
-    config: Any
+    network: Any
+
+    @property
+    def config(self) -> Any:
+        return self.network.config
 
     def __call__(
         self,
@@ -210,7 +235,11 @@ class _Decoder:
     """The VAE as `BasePair.decode` calls it."""
 
     call: Captured
-    config: Any
+    network: Any
+
+    @property
+    def config(self) -> Any:
+        return self.network.config
 
     def decode(self, latents: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=self.call(latents))
