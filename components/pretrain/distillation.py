@@ -56,6 +56,7 @@ class Student:
         dtype: torch.dtype,
         batch: int,
         regression: int,
+        compiled: bool = False,
     ) -> None:
         dev = data.latents.device
         self.data, self.pairs, self.dtype, self.batch = data, pairs, dtype, batch
@@ -65,6 +66,16 @@ class Student:
         self.teacher = freeze(copy.deepcopy(teacher).to(dev, dtype))
         self.student = Trainee(teacher, dev, dtype, (0.9, 0.99), ema=0.997)
         self.fake = Trainee(teacher, dev, dtype, (0.9, 0.99), ema=0.9)
+        # As they are called. The critics watch blocks of the teacher, which stay plain.
+        self.networks: dict[str, Any] = {
+            "teacher": self.teacher,
+            "student": self.student.net,
+            "fake": self.fake.net,
+        }
+        if compiled:
+            self.networks = {
+                name: torch.compile(net, dynamic=False) for name, net in self.networks.items()
+            }
         down, up = self.teacher.down_blocks, self.teacher.up_blocks
         self.blocks = [down[0], down[1], self.teacher.mid_block, up[1], up[2]]
         widths = [f.shape[1] for f in self._features(pairs[0][:2], data.text[:2])]
@@ -95,7 +106,7 @@ class Student:
         return torch.where(pure, sigma * noise, self.noising.add(z0, noise, t)), t
 
     def _draw(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self.noising.z0(predict(self.student.net, z, t, text, self.dtype), z, t)
+        return self.noising.z0(predict(self.networks["student"], z, t, text, self.dtype), z, t)
 
     # ---- the three kinds of step; each returns a loss to log
     def _pair_loss(self) -> Tensor:
@@ -141,7 +152,8 @@ class Student:
             drawn = self._draw(z, t, text)
         t = (self._rand() * 1000).long()
         noise = self._like(drawn)
-        v = predict(self.fake.net, self.noising.add(drawn, noise, t), t, text, self.dtype)
+        noised = self.noising.add(drawn, noise, t)
+        v = predict(self.networks["fake"], noised, t, text, self.dtype)
         loss = (v - self.noising.v(drawn, noise, t)).square().mean()
         self.fake.step(loss)
         with torch.no_grad():
@@ -165,11 +177,11 @@ class Student:
         with torch.no_grad():
             t = (self._rand() * 960).long() + 20
             noised = self.noising.add(drawn, self._like(drawn), t)
-            v = guided(self.teacher, self.noising, noised, t, text, self.data.empty, self.dtype)
+            net, empty = self.networks["teacher"], self.data.empty
+            v = guided(net, self.noising, noised, t, text, empty, self.dtype)
             wanted = self.noising.z0(v, noised, t)
-            believed = self.noising.z0(
-                predict(self.fake.net, noised, t, text, self.dtype), noised, t
-            )
+            v = predict(self.networks["fake"], noised, t, text, self.dtype)
+            believed = self.noising.z0(v, noised, t)
             scale = (drawn - wanted).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
             pull = (believed - wanted) / scale
             pull = pull + 0.35 * pull.norm() / (critics.norm() + 1e-12) * critics

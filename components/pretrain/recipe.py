@@ -173,7 +173,7 @@ class Kitchen:
             self._network("teacher").to(self.dtype), data, r.pairs, r.pair_steps, self.dtype
         )
         student = distillation.Student(
-            teacher, data, pairs, self.dtype, r.student_batch, r.regression_steps
+            teacher, data, pairs, self.dtype, r.student_batch, r.regression_steps, r.compiled
         )
         made: nn.Module = student.train(stage).averaged()
         return made
