@@ -47,8 +47,10 @@ def cuda_graphs() -> Record:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
+        # Nothing can be compiled within a recording; like this torch says what had changed.
+        settled = torch.compiler.set_stance("fail_on_recompile")
         # Other threads, such as a collective's watchdog, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with settled, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
