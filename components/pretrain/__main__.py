@@ -114,13 +114,13 @@ def evaluate(
         if apart is None:
             raise InputError("--unseen needs the world: give --count 1 or more.")
         picture, captions = of.unseen(painter, apart)
-        picture.save(unseen, quality=80, method=6)
+        picture.save(unseen, quality=65, method=6)
         write_text(unseen.with_suffix(".txt"), "\n".join(captions) + "\n")
     if speed:
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
     if samples:
         picture = of.samples(painter)
-        picture.save(samples, quality=80, method=6)  # of a WebP; other kinds take no notice
+        picture.save(samples, quality=65, method=6)  # of a WebP; other kinds take no notice
     typer.echo(json.dumps(figures, indent=2))
 
 
