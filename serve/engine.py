@@ -31,6 +31,8 @@ PROOF_SEED = 0
 PROOF_TOLERANCE = 2
 # Padding costs a fifth at most, but for batches of three, and so few sizes are soon captured.
 BATCH_SIZES = (1, 2, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+# Compiling takes a minute for each size before the first request: fewer sizes, more padding.
+COMPILED_SIZES = (1, 2, 4, 8, 16, 32, 64)
 # A CPU draws a picture of a larger forward more slowly, for what lies between its layers no longer
 # fits into its caches.
 LARGEST = {"cpu": 8}
@@ -144,6 +146,11 @@ class Engine:
         if self.pair.device.type != "cpu":
             with self._lock:
                 self._placed(adapter)
+
+    def warm(self) -> None:
+        """Draws a batch of each size, so that no request waits for compiling and capturing."""
+        for size in self.batch_sizes:
+            self.draw([PictureRequest(PROOF_PROMPT, PROOF_SEED)] * size)
 
     def prove(self, max_age: float = 0.0) -> float:
         """Shows that the engine draws; returns the seconds since it last did.

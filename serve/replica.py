@@ -16,8 +16,8 @@ from ray import serve as ray_serve
 from model.base_pair import BasePair, load_base_pair
 from model.errors import ServiceError
 from serve.api import ApiError, ConceptCard, ModelList
-from serve.engine import DrawError, Engine, PictureRequest
-from serve.fast import quicken, with_tiny_decoder
+from serve.engine import BATCH_SIZES, COMPILED_SIZES, DrawError, Engine, PictureRequest
+from serve.fast import Speed, quicken, with_tiny_decoder
 from serve.orders import Order, Painted, Shown
 from serve.painter import Drawn, Painter
 from serve.pointers import Pointers
@@ -33,6 +33,17 @@ def load_base(settings: ServeSettings) -> BasePair:
     if settings.tiny_decoder is not None:
         pair = with_tiny_decoder(pair, settings.tiny_decoder)
     return quicken(pair, settings.speed, channels_last=settings.channels_last)
+
+
+def sizes_to_prepare(speed: Speed, max_batch: int, device: str) -> tuple[int, ...] | None:
+    """Padded sizes that are compiled or captured before the first request.
+
+    None where nothing is: then the engine chooses its sizes.
+    """
+    if speed == "eager" or device == "cpu":
+        return None
+    sizes = COMPILED_SIZES if speed == "compile" else BATCH_SIZES
+    return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < max_batch)
 
 
 def _loaded(settings: ServeSettings) -> BasePair:
@@ -57,11 +68,15 @@ class PainterReplica:
     def __init__(self, settings: ServeSettings) -> None:
         pair = load_base(settings)
         self._health_seconds = settings.health_seconds
+        sizes = sizes_to_prepare(settings.speed, settings.max_batch, pair.device.type)
         self._engine = Engine(
             pair,
             keys_values_bytes=settings.keys_values_bytes,
             device_bytes=settings.device_bytes,
+            batch_sizes=sizes,
         )
+        if sizes:
+            self._engine.warm()
         self._engine.prove()
         registry = Registry(settings.tracking_uri)
         store = AdapterStore(

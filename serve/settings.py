@@ -49,7 +49,9 @@ class ServeSettings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     speed: Literal["eager", "graphs", "compile"] = Field(
-        default="eager", description="how networks run on a GPU; see serve/fast.py"
+        default="eager",
+        description="how networks run on a GPU; `graphs` and `compile` (fastest; minutes at the "
+        "start for each padded size up to `max_batch`) are for GPUs alone: see serve/fast.py",
     )
     channels_last: bool = Field(default=False, description="lay convolutions out as NHWC")
     tiny_decoder: Path | None = Field(

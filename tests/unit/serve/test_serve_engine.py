@@ -13,8 +13,9 @@ from model.base_pair import BasePair, load_base_pair
 from model.errors import InputError
 from model.low_rank import Decomposition
 from model.sampler import draw
-from serve.engine import DrawError, Engine, PictureRequest
+from serve.engine import COMPILED_SIZES, DrawError, Engine, PictureRequest
 from serve.fast import Speed, quicken
+from serve.replica import sizes_to_prepare
 from tests.tiny import build_tiny_pair
 from tests.unit.serve.world import write_adapter
 
@@ -135,6 +136,32 @@ def test_forwards_are_of_one_step_count_and_a_padded_size(tiny_pair: BasePair) -
     assert engine.forwards([1] * 5) == [([0, 1, 2, 3], 4), ([4], 2)]
     on_cpu = [size for _, size in Engine(tiny_pair).forwards([1] * 19)]
     assert on_cpu == [8, 8, 4]
+
+
+def test_warming_draws_a_batch_of_every_size(
+    tiny_pair: BasePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, drawn = Engine(tiny_pair, batch_sizes=(1, 2, 4)), []
+    monkeypatch.setattr(engine, "draw", lambda requests: drawn.append(len(requests)))
+    engine.warm()
+    assert drawn == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("speed", "max_batch", "device", "sizes"),
+    [
+        ("eager", 8, "cuda", None),
+        ("compile", 8, "cpu", None),
+        ("compile", 1, "cuda", (1,)),
+        ("compile", 9, "cuda", (1, 2, 4, 8, 16)),
+        ("compile", 256, "cuda", COMPILED_SIZES),
+        ("graphs", 8, "cuda", (1, 2, 4, 5, 6, 8)),
+    ],
+)
+def test_sizes_that_a_replica_prepares(
+    speed: Speed, max_batch: int, device: str, sizes: tuple[int, ...] | None
+) -> None:
+    assert sizes_to_prepare(speed, max_batch, device) == sizes
 
 
 def test_where_there_is_no_gpu_a_fast_pair_draws_the_same(
