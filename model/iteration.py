@@ -210,7 +210,7 @@ def student_loss(
     if settings.id_weight:
         rows["id"] = _identity_loss(frozen, features, wanted, target)
     if settings.perc_weight:
-        rows["perc"] = _perceptual_loss(frozen, features, wanted, target, batch)
+        rows["perc"] = _perceptual_loss(frozen, features, wanted, target, batch, settings)
     fake_features: list[torch.Tensor] = []
     if settings.adv_weight:
         fakes = [features(backbone).pooled for backbone in frozen.backbones]
@@ -269,10 +269,16 @@ def _identity_loss(
 
 
 def _perceptual_loss(
-    frozen: Frozen, mine: _PerBackbone, theirs: _PerBackbone, target: Target, batch: Batch
+    frozen: Frozen,
+    mine: _PerBackbone,
+    theirs: _PerBackbone,
+    target: Target,
+    batch: Batch,
+    settings: LossSettings,
 ) -> torch.Tensor:
     if batch.directions is not None:
-        distance = losses.ms_swd(mine.images, theirs.images, batch.directions)
+        half = settings.swd_half
+        distance = losses.ms_swd(mine.images, theirs.images, batch.directions, half=half)
         return losses.SWD_FACTOR * target.weight * distance
     backbone = (*frozen.backbones, frozen.identity)[0]
     return target.weight * losses.lpips(mine(backbone).layers, theirs(backbone).layers)

@@ -64,7 +64,9 @@ def identity(g_s: torch.Tensor, g_t: torch.Tensor, weight: torch.Tensor) -> torc
     return weight * (1 - cosine.reshape(cosine.shape[0], -1).mean(dim=1))
 
 
-def ms_swd(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def ms_swd(
+    x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor, *, half: bool = False
+) -> torch.Tensor:
     """Multi-scale sliced Wasserstein distance in CIELAB (item 3, released settings of v2).
 
     On every scale of a Gaussian pyramid all patches of both pictures are projected on the
@@ -75,6 +77,8 @@ def ms_swd(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> torch.
         x: [R, 3, S, S] in [-1, 1], rows concept-major.
         y: the same; the target.
         directions: [N, P, 3, k, k] of unit norm, one set a concept, used on every scale.
+        half: project and sort in float16: on matrix units, half the bytes. Colours, blurs and means
+            stay float32; pictures from bf16 networks carry fewer digits than float16 keeps.
 
     Returns:
         [R], in units of CIELAB.
@@ -84,8 +88,7 @@ def ms_swd(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> torch.
     for _ in range(SWD_SCALES):
         if a.shape[-1] < directions.shape[-1]:
             break
-        distance = _SortedDistance.apply(_project(a, directions), _project(b, directions))
-        distances.append(distance)
+        distances.append(_SlicedDistance.apply(a, b, directions, half))
         a, b = _halve(a), _halve(b)
     return torch.stack(distances).mean(dim=0)
 
@@ -156,28 +159,36 @@ def cielab(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)
 
 
-class _SortedDistance(torch.autograd.Function):
-    """Mean |sort(a) - sort(b)| of projections [R, P, n]: the distance [R] of two sets of numbers.
+class _SlicedDistance(torch.autograd.Function):
+    """Mean |sort(P a) - sort(P b)| of pictures [R, 3, H, W] projected on directions: [R].
 
-    An element of `a` moves the distance by the sign of what stands between it and its partner, so
-    one byte an element is all that is kept for the way back, not ranks and differences. `b` gets
+    A projection of `a` moves the distance by the sign of what stands between it and its partner, so
+    one byte a projection is all that is kept for the way back, not ranks and differences. Signs are
+    projected back before they are scaled: in float16 one share of the mean would be zero. `b` gets
     no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        mine, places = a.sort(dim=-1)
-        gap = mine.sub_(b.sort(dim=-1).values)
+    def forward(
+        ctx: Any, a: torch.Tensor, b: torch.Tensor, directions: torch.Tensor, half: bool
+    ) -> torch.Tensor:
+        kind = torch.float16 if half else torch.float32
+        directions = directions.to(kind)
+        mine, places = _project(a.to(kind), directions).sort(dim=-1)
+        gap = mine.sub_(_project(b.to(kind), directions).sort(dim=-1).values)
         if ctx.needs_input_grad[0]:
             signs = gap.sign().to(torch.int8)
-            ctx.save_for_backward(torch.empty_like(signs).scatter_(-1, places, signs))
-        return gap.abs_().mean(dim=(1, 2))
+            signs = torch.empty_like(signs).scatter_(-1, places, signs)
+            ctx.save_for_backward(signs, directions)
+            ctx.size = a.shape[-2:]
+        return gap.abs_().mean(dim=(1, 2), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (signs,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        signs, directions = ctx.saved_tensors
         share = grads[0] / (signs.shape[1] * signs.shape[2])
-        return signs * share.view(-1, 1, 1), None
+        back = _project_back(signs.to(directions.dtype), directions, ctx.size)
+        return back.float() * share.view(-1, 1, 1, 1), None, None, None
 
 
 @lru_cache(maxsize=64)
@@ -200,6 +211,19 @@ def _project(image: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     stacked = stacked.reshape(items, n * c, height, width)
     out = F.conv2d(stacked, directions.reshape(n * p, c, k, k), groups=n)
     return out.view(items, n, p, -1).transpose(0, 1).reshape(rows, p, -1)
+
+
+def _project_back(
+    values: torch.Tensor, directions: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
+    """Apply the transpose of `_project` to values [R, P, patches]: [R, 3, H, W]."""
+    n, p, c, k, _ = directions.shape
+    (height, width), rows = size, values.shape[0]
+    items, down, right = rows // n, height - k + 1, width - k + 1
+    stacked = values.view(n, items, p, down, right).transpose(0, 1)
+    stacked = stacked.reshape(items, n * p, down, right)
+    out = F.conv_transpose2d(stacked, directions.reshape(n * p, c, k, k), groups=n)
+    return out.view(items, n, c, height, width).transpose(0, 1).reshape(rows, c, height, width)
 
 
 def _halve(image: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,7 @@ class LossSettings:
         adv_weight: weight of `L_adv`, the sum over the discriminators.
         perceptual: `swd` (MS-SWD) or `lpips` (over the first backbone's layers).
         swd_directions: projections a call of MS-SWD; fewer are cheaper and noisier.
+        swd_half: MS-SWD projects and sorts in float16, which is faster on a GPU; for bf16 training.
         masked_id: compare identities on the subject only. Both pictures are multiplied by where
             the teacher's guidance acts, which keeps the references' background out of the
             identity. Ours, off by default.
@@ -64,6 +65,7 @@ class LossSettings:
     adv_weight: float = 1.0
     perceptual: Literal["swd", "lpips"] = "swd"
     swd_directions: int = 128
+    swd_half: bool = False
     masked_id: bool = False
     guidance: float = 7.5
     align_min_t: int = 0

@@ -141,19 +141,32 @@ def test_ms_swd_has_five_scales_when_they_fit_and_is_zero_on_equals() -> None:
     assert float(losses.ms_swd(x, y, directions)) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_ms_swd_goes_back_as_autograd_would_and_keeps_a_byte_an_element() -> None:
-    gen = torch.Generator().manual_seed(4)
-    a, b = (torch.randn(2, 3, 500, generator=gen) for _ in range(2))
-    weight, kept = torch.tensor([2.0, -3.0]), []
-    x, plain = (a.clone().requires_grad_() for _ in range(2))
+@pytest.mark.parametrize("half", [False, True])
+def test_ms_swd_goes_back_as_autograd_would_and_keeps_a_byte_a_projection(half: bool) -> None:
+    a, b = (30 * randn(4, 3, 14, 15, seed=seed) for seed in (4, 5))
+    directions = losses.unit_directions(randn(2, 6, 3, 11, 11, seed=6))
+    weight, kept = torch.tensor([2.0, -3.0, 1.0, 0.5]), []
+    x, plain = a.clone().requires_grad_(), a.double().requires_grad_()
     with saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        found = losses._SortedDistance.apply(x, b)
-    expected = (plain.sort(dim=-1).values - b.sort(dim=-1).values).abs().mean(dim=(1, 2))
-    assert torch.equal(found, expected)
+        found = losses._SlicedDistance.apply(x, b, directions, half)
+    lines = [losses._project(each, directions.double()) for each in (plain, b.double())]
+    mine, theirs = (each.sort(dim=-1).values for each in lines)
+    expected = (mine - theirs).abs().mean(dim=(1, 2))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=2e-3 if half else 1e-5, atol=0)
     for each in (found, expected):
         (each * weight).sum().backward()
-    assert torch.allclose(x.grad, plain.grad, rtol=1e-6, atol=0)
-    assert sum(each.nbytes for each in kept) == a.numel()
+    off = (x.grad.double() - plain.grad).norm() / plain.grad.norm()
+    assert float(off) < (3e-2 if half else 1e-5)
+    signs = lines[0].numel()
+    assert sum(each.nbytes for each in kept) == signs + directions.numel() * (2 if half else 4)
+
+
+def test_ms_swd_in_half_precision_is_the_distance_to_three_digits() -> None:
+    directions = losses.unit_directions(randn(2, 64, 3, 11, 11))
+    x, y = (randn(4, 3, 44, 44, seed=s).clamp(-1, 1) for s in (7, 8))
+    expected = losses.ms_swd(x, y, directions)
+    assert torch.allclose(losses.ms_swd(x, y, directions, half=True), expected, rtol=2e-3)
 
 
 def test_unit_swd_constants_are_the_papers() -> None:
