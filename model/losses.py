@@ -78,7 +78,8 @@ def ms_swd(
         y: the same; the target.
         directions: [N, P, 3, k, k] of unit norm, one set a concept, used on every scale.
         half: project and sort in float16: on matrix units, half the bytes. Colours, blurs and means
-            stay float32; pictures from bf16 networks carry fewer digits than float16 keeps.
+            stay float32. The distance keeps three digits; its gradient loses more the nearer the
+            pictures are, where rounding swaps ranks (tests/bench/README.md).
 
     Returns:
         [R], in units of CIELAB.
@@ -165,7 +166,7 @@ class _SlicedDistance(torch.autograd.Function):
     A projection of `a` moves the distance by the sign of what stands between it and its partner, so
     one byte a projection is all that is kept for the way back, not ranks and differences. Signs are
     projected back before they are scaled: in float16 one share of the mean would be zero. `b` gets
-    no gradient.
+    no gradient. Inputs and results are float32.
     """
 
     @staticmethod

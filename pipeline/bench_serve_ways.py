@@ -56,7 +56,7 @@ def ways_of(names: Sequence[str], channels_last: bool) -> list[Way]:
 
     Args:
         names: a speed each, with `:channels_last` or `:benchmark` behind it.
-        channels_last: for all; what is compiled always has it.
+        channels_last: for all; what is compiled for a GPU always has it.
 
     Raises:
         InputError: for a name that there is no such way of.
@@ -73,6 +73,6 @@ def ways_of(names: Sequence[str], channels_last: bool) -> list[Way]:
                 f"a speed has no {min(unknown)!r}: give {CHANNELS_LAST} or {BENCHMARK} behind it"
             )
         chosen: Any = speed
-        last = channels_last or speed == "compile" or CHANNELS_LAST in switches
+        last = channels_last or CHANNELS_LAST in switches
         ways.append(Way(name, chosen, last, BENCHMARK in switches))
     return ways

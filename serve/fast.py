@@ -39,9 +39,10 @@ def quicken(pair: BasePair, speed: Speed, *, channels_last: bool = False) -> Bas
         speed: `eager` leaves the calls as they are; `graphs` replays them as CUDA graphs, one for
             each shape; `compile` compiles them first (minutes at the first batch of each shape).
             Where there is no CUDA device the calls stay eager.
-        channels_last: lay convolutions' weights out as NHWC, on any device.
+        channels_last: lay convolutions' weights out as NHWC, on any device. What is compiled for a
+            CUDA device always is, as a compiler would lay it out.
     """
-    if channels_last:
+    if channels_last or (speed == "compile" and pair.device.type == "cuda"):
         layout: Any = torch.channels_last  # torch's own types miss this argument
         for network in (pair.student, pair.vae):
             network.to(memory_format=layout)
@@ -153,10 +154,10 @@ class Captured:
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._function is not self._plain:
+            self._plain(*inputs)  # steady convolutions choose their ways, to be compiled
         while True:
             try:
-                if self._function is not self._plain:
-                    self._plain(*inputs)  # steady convolutions choose their ways, to be compiled
                 return _Graph.of(self._function, inputs, self._pool)
             except Exception as error:  # compilers and drivers raise of every kind
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

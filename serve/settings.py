@@ -53,7 +53,9 @@ class ServeSettings(BaseSettings):
         description="how networks run on a GPU; `graphs` and `compile` (fastest; minutes at the "
         "start for each padded size up to `max_batch`) are for GPUs alone: see serve/fast.py",
     )
-    channels_last: bool = Field(default=False, description="lay convolutions out as NHWC")
+    channels_last: bool = Field(
+        default=False, description="lay convolutions out as NHWC; `compile` does so anyway"
+    )
     tiny_decoder: Path | None = Field(
         default=None, description="directory of an AutoencoderTiny that decodes faster, less well"
     )

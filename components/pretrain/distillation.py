@@ -73,6 +73,11 @@ class Student:
             "fake": self.fake.net,
         }
         if compiled:
+            # With and without gradient, three networks share one code: over its limit torch runs
+            # eagerly, and says so nowhere.
+            from torch._dynamo import config  # takes seconds
+
+            config.recompile_limit = 64
             self.networks = {
                 name: torch.compile(net, dynamic=False) for name, net in self.networks.items()
             }

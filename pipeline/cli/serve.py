@@ -56,7 +56,7 @@ def serve(
 
     def work() -> None:
         # Said in here, where a signal is listened to.
-        output.say("starting Ray and the endpoint (half a minute)")
+        output.say("starting Ray and the endpoint (half a minute; to compile takes minutes)")
         most = max(settings.replicas, settings.max_replicas or 0)
         with local_ray(cpus=most + 1, echo=output.debug):
             endpoint = start(settings)

@@ -138,13 +138,14 @@ def test_forwards_are_of_one_step_count_and_a_padded_size(tiny_pair: BasePair) -
     assert on_cpu == [8, 8, 4]
 
 
-def test_warming_draws_a_batch_of_every_size(
-    tiny_pair: BasePair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, drawn = Engine(tiny_pair, batch_sizes=(1, 2, 4)), []
-    monkeypatch.setattr(engine, "draw", lambda requests: drawn.append(len(requests)))
+def test_warming_draws_a_batch_of_every_size(tiny_pair: BasePair) -> None:
+    engine, seen = Engine(tiny_pair, batch_sizes=(1, 2, 4)), []
+    watch = tiny_pair.student.register_forward_pre_hook(
+        lambda _, states: seen.append(len(states[0]))
+    )
     engine.warm()
-    assert drawn == [1, 2, 4]
+    watch.remove()
+    assert seen == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
