@@ -128,7 +128,8 @@ def test_a_way_of_running_leaves_the_networks_of_others_as_they_are() -> None:
     pair = random_pair(MINI, 64, 0, torch.float32, CPU)
     eager, last, compiled = ways_of(["eager", "graphs:channels_last:benchmark", "compile"], False)
     assert eager.pair(pair) is pair
-    assert compiled.channels_last and not compiled.benchmark
+    assert compiled.pair(pair) is pair  # on a CPU nothing is compiled, nor laid out for it
+    assert last.benchmark and not compiled.benchmark
     turned = last.pair(pair)
 
     def innermost(network: torch.nn.Module) -> bool:
