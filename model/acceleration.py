@@ -16,6 +16,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from transformers.models.vit.modeling_vit import ViTLayer
 
+from model.compiling import allow_variants
 from model.iteration import Frozen
 
 # What the networks are built of, each block with everything inside it. Blocks of one kind and the
@@ -74,10 +75,7 @@ def compile_blocks(frozen: Frozen, backend: str = "inductor") -> None:
         frozen: the networks.
         backend: of `torch.compile`.
     """
-    import torch._dynamo  # takes seconds
-
-    torch._dynamo.config.recompile_limit = _VARIANTS
-    torch._dynamo.config.accumulated_recompile_limit = _VARIANTS
+    allow_variants(_VARIANTS)
     pair, backbones = frozen.pair, {*frozen.backbones, frozen.identity}
     networks = [pair.teacher, pair.student, pair.vae, *(each.network for each in backbones)]
     forwards = {

@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from model.base_pair import BasePair, freeze, load_part
+from model.compiling import allow_variants
 from model.errors import InputError
 from serve.steady import steady, ways_taken
 
@@ -95,10 +96,7 @@ def convolutions(pair: BasePair) -> dict[str, int]:
 def _fast(function: Callable[..., torch.Tensor], speed: Speed) -> Captured:
     if speed != "compile":
         return Captured(function, function)
-    import torch._dynamo  # takes seconds
-
-    # Once for every padded size; over its own limit torch would run eagerly, and say so nowhere.
-    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    allow_variants(_SHAPES)  # one for every padded size
     return Captured(torch.compile(function, dynamic=False), function)
 
 

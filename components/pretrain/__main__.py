@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -24,6 +24,7 @@ app = typer.Typer(
 Work = Annotated[Path, typer.Option(help="Folder of the world, the downloads and the state.")]
 Device = Annotated[str, typer.Option(help="cuda or cpu.")]
 _WORK = Path("build/pocket")
+_WEBP: dict[str, Any] = {"quality": 65, "method": 6}  # other kinds of file take no notice
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -114,13 +115,13 @@ def evaluate(
         if apart is None:
             raise InputError("--unseen needs the world: give --count 1 or more.")
         picture, captions = of.unseen(painter, apart)
-        picture.save(unseen, quality=65, method=6)
+        picture.save(unseen, **_WEBP)
         write_text(unseen.with_suffix(".txt"), "\n".join(captions) + "\n")
     if speed:
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
     if samples:
         picture = of.samples(painter)
-        picture.save(samples, quality=65, method=6)  # of a WebP; other kinds take no notice
+        picture.save(samples, **_WEBP)
     typer.echo(json.dumps(figures, indent=2))
 
 

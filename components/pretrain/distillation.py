@@ -13,6 +13,9 @@ from components.pretrain import networks
 from components.pretrain.diffusion import guided, predict
 from components.pretrain.latents import LatentSet, Noising
 from components.pretrain.training import Stage, Trainee, cosine, freeze, graphed, mean
+from model.compiling import allow_variants
+
+_VARIANTS = 64  # three networks share one code, each with and without gradient
 
 
 class Heads(nn.Module):
@@ -56,7 +59,7 @@ class Student:
         dtype: torch.dtype,
         batch: int,
         regression: int,
-        compiled: bool = False,
+        compiled: bool,
     ) -> None:
         dev = data.latents.device
         self.data, self.pairs, self.dtype, self.batch = data, pairs, dtype, batch
@@ -73,11 +76,7 @@ class Student:
             "fake": self.fake.net,
         }
         if compiled:
-            # With and without gradient, three networks share one code: over its limit torch runs
-            # eagerly, and says so nowhere.
-            from torch._dynamo import config  # takes seconds
-
-            config.recompile_limit = 64
+            allow_variants(_VARIANTS)
             self.networks = {
                 name: torch.compile(net, dynamic=False) for name, net in self.networks.items()
             }
