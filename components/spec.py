@@ -58,9 +58,10 @@ class TrainSpec(_Section):
     third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
     out as a GPU's matrix units want them; auto: on a GPU, if compiled. `compile` has torch compile
     the frozen networks' blocks, anew for every pack size. `cuda_graphs` records their work of an
-    iteration and replays it, so that a GPU waits for no launches; elsewhere it does nothing. At
-    `zero_stage` 3 several workers share the frozen networks' memory as well, and wait for each
-    other's weights.
+    iteration and replays it, so that a GPU waits for no launches; elsewhere it does nothing.
+    `zero_stage` auto is 2 where several workers share what is trained, and 0 for one, which has
+    nothing to share; at 3 they share the frozen networks' memory as well, and wait for each other's
+    weights.
     """
 
     iterations: int = Field(default=1000, ge=1, le=1_000_000)
@@ -73,7 +74,7 @@ class TrainSpec(_Section):
     weight_decay: float = Field(default=1e-2, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, le=1e6)
     precision: Literal["float32", "bf16"] = "float32"
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = "auto"
     workers: int = Field(default=1, ge=1, le=1024)
     cpus_per_worker: int | None = Field(default=None, ge=1, le=1024)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,6 +1,6 @@
-"""The frozen networks made faster: their layout in memory, and compiled blocks.
+"""The frozen networks made faster: rewritten, laid out and compiled.
 
-Neither changes what is computed, only the order of its sums.
+Nothing of it changes what is computed, only the order of its sums.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,18 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from model.compiling import allow_variants
 from model.iteration import Frozen
+from model.rewriting import NormAndActivation, rewrite
 
 # What the networks are built of, each block with everything inside it. Blocks of one kind and the
 # same shapes share their code: a UNet's 38 blocks make 19, a backbone's 24 or 32 make one.
-_BLOCKS = (ResnetBlock2D, Transformer2DModel, CLIPEncoderLayer, Dinov2Layer, ViTLayer)
+_BLOCKS: tuple[type[nn.Module], ...] = (
+    ResnetBlock2D,
+    Transformer2DModel,
+    NormAndActivation,
+    CLIPEncoderLayer,
+    Dinov2Layer,
+    ViTLayer,
+)
 _VARIANTS = 1024
 """How many shapes one kind of block may be compiled for: levels of a UNet, passes, pack sizes."""
 
@@ -33,6 +41,8 @@ def accelerate(frozen: Frozen, channels_last: bool | Literal["auto"], compiled: 
     slower in that layout than the changes of layout that it saves.
     """
     worth = compiled and frozen.pair.device.type == "cuda"
+    if compiled:
+        rewrite(frozen)
     if worth if channels_last == "auto" else channels_last:
         use_channels_last(frozen)
     if compiled:
@@ -66,7 +76,7 @@ def use_channels_last(frozen: Frozen) -> None:
 
 
 def compile_blocks(frozen: Frozen, backend: str = "inductor") -> None:
-    """Have torch compile the blocks of the UNets, the VAE and the backbones, in place.
+    """Have torch compile the blocks of the pair's networks and of the backbones, in place.
 
     A block is compiled when it first sees a shape, forward and backward: the first iteration of a
     pack size takes minutes on a GPU. What hooks do at a block's borders stays outside.
@@ -77,7 +87,8 @@ def compile_blocks(frozen: Frozen, backend: str = "inductor") -> None:
     """
     allow_variants(_VARIANTS)
     pair, backbones = frozen.pair, {*frozen.backbones, frozen.identity}
-    networks = [pair.teacher, pair.student, pair.vae, *(each.network for each in backbones)]
+    networks = [pair.teacher, pair.student, pair.vae, pair.text_encoder]
+    networks += [each.network for each in backbones]
     forwards = {
         kind: torch.compile(kind.forward, backend=backend, dynamic=False) for kind in _BLOCKS
     }

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from model.base_pair import BasePair
-from model.losses import SWD_PATCH, unit_directions
 from model.packing import concept_rows
 from model.randomness import generator, integer, normal, uniform
 from model.schedule import LAST_STEP
 from model.settings import EchoSettings, LossSettings, ViewSettings
+from model.swd import SWD_PATCH, unit_directions
 from model.text import Prompts, cat, tokenize
 from model.views import ConceptText, View, draw_view, prepare_images
 

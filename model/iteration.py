@@ -21,6 +21,7 @@ from model.identity import ImageProjection, identity_features
 from model.packing import per_concept_mean, per_row
 from model.schedule import LAST_STEP
 from model.settings import LossSettings
+from model.swd import SWD_FACTOR, ms_swd
 from model.text import encode, tokenize
 
 
@@ -277,9 +278,9 @@ def _perceptual_loss(
     settings: LossSettings,
 ) -> torch.Tensor:
     if batch.directions is not None:
-        half = settings.swd_half
-        distance = losses.ms_swd(mine.images, theirs.images, batch.directions, half=half)
-        return losses.SWD_FACTOR * target.weight * distance
+        pictures = mine.images, theirs.images
+        distance = ms_swd(*pictures, batch.directions, bins=settings.swd_bins)
+        return SWD_FACTOR * target.weight * distance
     backbone = (*frozen.backbones, frozen.identity)[0]
     return target.weight * losses.lpips(mine(backbone).layers, theirs(backbone).layers)
 

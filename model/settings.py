@@ -47,7 +47,8 @@ class LossSettings:
         adv_weight: weight of `L_adv`, the sum over the discriminators.
         perceptual: `swd` (MS-SWD) or `lpips` (over the first backbone's layers).
         swd_directions: projections a call of MS-SWD; fewer are cheaper and noisier.
-        swd_half: MS-SWD projects and sorts in float16, which is faster on a GPU; for bf16 training.
+        swd_bins: MS-SWD counts projections in so many bins instead of sorting them, which is faster
+            on a GPU (and compiled there by torch); None sorts.
         masked_id: compare identities on the subject only. Both pictures are multiplied by where
             the teacher's guidance acts, which keeps the references' background out of the
             identity. Ours, off by default.
@@ -65,7 +66,7 @@ class LossSettings:
     adv_weight: float = 1.0
     perceptual: Literal["swd", "lpips"] = "swd"
     swd_directions: int = 128
-    swd_half: bool = False
+    swd_bins: int | None = None
     masked_id: bool = False
     guidance: float = 7.5
     align_min_t: int = 0
@@ -77,6 +78,8 @@ class LossSettings:
         _check(self, 0, 1e6, *weights)
         _check(self, 0, 100, "guidance")
         _check(self, 1, 4096, "swd_directions")
+        if self.swd_bins is not None:
+            _check(self, 16, 65536, "swd_bins")
         _check(self, 0, 999, "align_min_t", "align_max_t")
         if self.align_min_t > self.align_max_t:
             raise ValueError("align_min_t must not be over align_max_t")

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from components.spec import RunSpec, TrainSpec
+from components.train import ranks
 from components.train.job import steps_done
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
@@ -71,8 +72,13 @@ def make_engine(
     ]
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
+        on_gpu = next(module.parameters()).is_cuda
         optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
+            groups,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=settings.weight_decay,
+            fused=on_gpu,  # one pass over memory
         )
     else:
         optimizer = torch.optim.SGD(groups, weight_decay=settings.weight_decay)
@@ -82,7 +88,7 @@ def make_engine(
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {"stage": _wanted_stage(settings)},
     }
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     if settings.optimizer == "adamw":
@@ -137,8 +143,8 @@ def clip_per_concept(engine: Any, clip_norm: float) -> torch.Tensor:
 
     parameters = list(engine.module.parameters())
     gradients = [safe_get_full_grad(parameter) for parameter in parameters]
-    squares = [gradient.float().flatten(1).square().sum(1) for gradient in gradients]
-    norms = torch.stack(squares).sum(0).sqrt()
+    each = [torch.linalg.vector_norm(part.float().flatten(1), dim=1) for part in gradients]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
     finite = norms.isfinite()
     scale = torch.where(finite, (clip_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -183,6 +189,12 @@ def free(engine: Any) -> None:
     engine.destroy()
 
 
+def _wanted_stage(settings: TrainSpec) -> int:
+    if settings.zero_stage == "auto":
+        return 2 if ranks.world_size() > 1 else 0
+    return settings.zero_stage
+
+
 def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if _stage(engine) else engine.optimizer
 
@@ -208,7 +220,8 @@ def _write_moments(engine: Any, step: int, state: State) -> None:
     inner = _inner_optimizer(engine)
     for flat in _flat_parameters(engine):
         inner.state[flat] = {
-            "step": torch.tensor(float(step)),
+            # A fused step counts where it works.
+            "step": torch.tensor(float(step), device=flat.device if flat.is_cuda else "cpu"),
             **{moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS},
         }
     if _stage(engine) in (1, 2):

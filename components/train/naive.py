@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from components.spec import RunSpec, TrainSpec
-from model import losses
+from model import losses, swd
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import initial_row
 from model.cross_attention import base_weight
@@ -218,7 +218,7 @@ class NaiveLoop:
     def _perceptual(self, drawn: Pictures, target: Pictures, batch: Batch) -> torch.Tensor:
         """Give the distance of the two pictures: [B]."""
         if batch.directions is not None:
-            return losses.SWD_FACTOR * ms_swd(drawn.images, target.images, batch.directions[0])
+            return swd.SWD_FACTOR * ms_swd(drawn.images, target.images, batch.directions[0])
         backbone = (*self.frozen.backbones, self.frozen.identity)[0]
         with torch.no_grad():
             theirs = backbone(target.images).layers
@@ -244,9 +244,9 @@ def ms_swd(x: torch.Tensor, y: torch.Tensor, directions: torch.Tensor) -> torch.
     """
     taps = x.new_tensor([1, 4, 6, 4, 1]) / 16
     blur = torch.outer(taps, taps).expand(3, 1, 5, 5)
-    a, b = losses.cielab(x), losses.cielab(y)
+    a, b = swd.cielab(x), swd.cielab(y)
     distances = []
-    for _ in range(losses.SWD_SCALES):
+    for _ in range(swd.SWD_SCALES):
         if a.shape[-1] < directions.shape[-1]:
             break
         of_a, of_b = (F.conv2d(each, directions).flatten(2).sort().values for each in (a, b))

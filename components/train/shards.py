@@ -58,7 +58,7 @@ class Shards:
 
 
 @contextmanager
-def sharded(frozen: Frozen, stage: int) -> Iterator[Shards]:
+def sharded(frozen: Frozen, stage: int | str) -> Iterator[Shards]:
     """Keep a part of the frozen networks on each rank while the block runs, at stage 3.
 
     They are whole again after it, but for an error: the other ranks may be anywhere then. With one

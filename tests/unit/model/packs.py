@@ -102,3 +102,15 @@ def gradients(own: Trained) -> dict[str, torch.Tensor]:
             assert parameter.grad is not None
             named[f"{group}.{name}"] = parameter.grad
     return named
+
+
+def assert_same(found: Frozen, plain: Frozen, concepts: tuple[ConceptData, ...]) -> None:
+    """Assert that an iteration's losses and gradients differ by round-off alone."""
+    one, other = trained(plain, concepts), trained(plain, concepts)
+    batch = draw(plain.pair, concepts)
+    expected, losses = backward(plain, one, batch), backward(found, other, batch)
+    for name, value in expected.items():
+        assert torch.allclose(losses[name], value, rtol=1e-4, atol=1e-6), name
+    mine = gradients(other)
+    for name, gradient in gradients(one).items():
+        assert (mine[name] - gradient).norm() <= 1e-3 * gradient.norm(), name

@@ -18,7 +18,7 @@ from model.checkpointing import save_memory
 from model.discriminators import load_backbone
 from model.iteration import Frozen
 from tests.tiny import TinyPaths
-from tests.unit.model.packs import backward, draw, gradients, trained
+from tests.unit.model.packs import assert_same, draw
 
 LAST = torch.channels_last
 
@@ -28,18 +28,6 @@ def own(tiny: TinyPaths) -> Frozen:
     """The frozen networks, to be changed."""
     pair = load_base_pair(tiny.teacher, tiny.student, name="tiny")
     return Frozen.build(pair, [load_backbone(folder) for folder in (tiny.clip, tiny.dino)])
-
-
-def assert_same(found: Frozen, plain: Frozen, concepts: tuple[ConceptData, ...]) -> None:
-    """Assert that an iteration's losses and gradients differ by round-off alone."""
-    one, other = trained(plain, concepts), trained(plain, concepts)
-    batch = draw(plain.pair, concepts)
-    expected, losses = backward(plain, one, batch), backward(found, other, batch)
-    for name, value in expected.items():
-        assert torch.allclose(losses[name], value, rtol=1e-4, atol=1e-6), name
-    mine = gradients(other)
-    for name, gradient in gradients(one).items():
-        assert (mine[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
 def test_pictures_keep_their_channels_innermost_from_end_to_end(

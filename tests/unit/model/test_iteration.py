@@ -117,20 +117,20 @@ def test_a_shared_backbone_sees_the_students_pictures_once(
     assert passes.count(False) == 1  # of x_T
 
 
-def test_ms_swd_takes_its_precision_from_the_settings(
+def test_ms_swd_counts_when_the_settings_say_so(
     frozen: Frozen, concepts: tuple[ConceptData, ...]
 ) -> None:
-    plain, half = LossSettings(adv_weight=0), LossSettings(adv_weight=0, swd_half=True)
+    plain, counted = LossSettings(adv_weight=0), LossSettings(adv_weight=0, swd_bins=64)
     own, batch = trained(frozen, concepts[:1]), draw(frozen.pair, concepts[:1], loss=plain)
     _, states = teacher_loss(frozen, own.teacher, batch, plain)
     drawn = student_draw(frozen, own.student, states, batch)
     target = alignment_target(frozen, own.teacher, states, drawn, batch, plain)
     found = [
         student_loss(frozen, own.heads, drawn, target, batch, settings).parts["perc"]
-        for settings in (plain, half)
+        for settings in (plain, counted)
     ]
     assert not torch.equal(*found)
-    assert torch.allclose(*found, rtol=1e-2)
+    assert torch.allclose(*found, rtol=5e-2)
 
 
 def test_bfloat16_networks_train_float32_masters(

@@ -1,0 +1,81 @@
+"""Rewritten networks: the same numbers, and less to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+from torch.nn import functional as F
+
+from model import rewriting
+from model.acceleration import use_channels_last
+from model.base_pair import load_base_pair
+from model.batch import ConceptData
+from model.discriminators import load_backbone
+from model.iteration import Frozen
+from model.rewriting import MergedUpsampling, NormAndActivation, rewrite
+from tests.tiny import TinyPaths
+from tests.unit.model.packs import assert_same
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def own(tiny: TinyPaths) -> Frozen:
+    """The frozen networks, to be changed."""
+    pair = load_base_pair(tiny.teacher, tiny.student, name="tiny")
+    return Frozen.build(pair, [load_backbone(folder) for folder in (tiny.clip, tiny.dino)])
+
+
+def test_rewritten_networks_train_as_before(
+    own: Frozen,
+    frozen: Frozen,
+    concepts: tuple[ConceptData, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rewriting, "_LARGE", 0)  # tiny pictures are normalised by channels too
+    rewrite(own)
+    use_channels_last(own)
+    layers = [layer for unet in (own.pair.teacher, own.pair.vae) for layer in unet.modules()]
+    assert not any(isinstance(layer, Upsample2D) for layer in layers)
+    assert sum(isinstance(layer, MergedUpsampling) for layer in layers) >= 2
+    assert sum(isinstance(layer, NormAndActivation) for layer in layers) == 3
+    assert_same(own, frozen, concepts)
+    count = len(layers)
+    rewrite(own)  # once more changes nothing
+    pair = own.pair
+    assert sum(1 for unet in (pair.teacher, pair.vae) for _ in unet.modules()) == count
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_group_norm_by_channels_is_torchs(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewriting, "_LARGE", 0)
+    norm = nn.GroupNorm(4, 12, eps=1e-6).requires_grad_(False).double()
+    norm.weight.copy_(randn(12, seed=1))
+    norm.bias.copy_(randn(12, seed=2))
+    x = 3 * randn(2, 12, 5, 7) + 10 * randn(1, 12, 1, 1, seed=3)  # channels far from each other
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    plain, mine = x.double().requires_grad_(), x.clone().requires_grad_()
+    weight = randn(2, 12, 5, 7, seed=4)
+    expected = norm(plain)
+    (expected * weight).sum().backward()
+    found = rewriting._group_norm(norm.float(), mine)
+    (found * weight).sum().backward()
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert plain.grad is not None and mine.grad is not None
+    assert torch.allclose(mine.grad.double(), plain.grad, atol=1e-4)
+
+
+def test_merged_upsampling_is_upsampling_and_convolution() -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1).requires_grad_(False)
+    x = randn(2, 3, 4, 6)
+    merged = MergedUpsampling(conv)
+    expected = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert torch.allclose(merged(x), expected, atol=1e-5)
+    assert torch.equal(merged(x), merged(x, (8, 12)))
+    with pytest.raises(ValueError, match="twice"):
+        merged(x, (7, 12))
