@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ray import serve as ray_serve
 
 from model.base_pair import BasePair, load_base_pair
 from model.errors import ServiceError
 from serve.api import ApiError, ConceptCard, ModelList
+from serve.batcher import Batcher
 from serve.engine import BATCH_SIZES, COMPILED_SIZES, DrawError, Engine, PictureRequest
 from serve.fast import Speed, quicken, with_tiny_decoder
 from serve.orders import Order, Painted, Shown
@@ -25,6 +24,9 @@ from serve.registry import Registry
 from serve.safety import load_checker
 from serve.settings import ServeSettings
 from serve.store import AdapterStore
+
+Queued = tuple[PictureRequest, float]
+"""A request, and since when it waits."""
 
 
 def load_base(settings: ServeSettings) -> BasePair:
@@ -103,9 +105,7 @@ class PainterReplica:
             checker=load_checker(settings.safety_checker),
         )
         self._painter.prewarm(settings.prewarm)
-        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
-        self._batched.set_max_batch_size(settings.max_batch)
-        self._batched.set_batch_wait_timeout_s(settings.batch_wait_seconds)
+        self._batcher = Batcher(self._draw, settings.max_batch, settings.batch_wait_seconds)
 
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
@@ -132,18 +132,16 @@ class PainterReplica:
         await self._painter.health(self._health_seconds)
 
     async def _queue(self, request: PictureRequest) -> Drawn:
-        drawn = await self._batched((request, time.perf_counter()))
+        drawn = await self._batcher((request, time.perf_counter()))
         if isinstance(drawn, DrawError):
             raise drawn
         return drawn
 
-    @ray_serve.batch
-    async def _batched(self, queued: list[tuple[PictureRequest, float]]) -> list[Drawn | DrawError]:
+    def _draw(self, queued: Sequence[Queued]) -> list[Drawn | DrawError]:
         start = time.perf_counter()
         requests = [request for request, _ in queued]
         kept = [self._engine.keeps(request) for request in requests]
-        loop = asyncio.get_running_loop()
-        pictures = await loop.run_in_executor(self._drawing, self._draw, requests)
+        pictures = self._pictures(requests)
         spent = time.perf_counter() - start
         mix = len({request.drawer for request in requests})
         memory = self._engine.device_memory()
@@ -154,11 +152,11 @@ class PainterReplica:
             for picture, (_, since), known in zip(pictures, queued, kept, strict=True)
         ]
 
-    def _draw(self, requests: list[PictureRequest]) -> list[np.ndarray | DrawError]:
+    def _pictures(self, requests: list[PictureRequest]) -> list[np.ndarray | DrawError]:
         """Pictures of a batch; where it cannot be drawn, who spoils it does so for itself alone."""
         try:
             return list(self._engine.draw(requests))
         except DrawError as error:
             if len(requests) == 1:
                 return [error]
-        return [self._draw([request])[0] for request in requests]
+        return [self._pictures([request])[0] for request in requests]
