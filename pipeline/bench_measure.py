@@ -25,7 +25,7 @@ class OutOfTime(BaseException):
     """Something took longer than it may: no Exception, so that no library takes it for its own."""
 
 
-_TOP = 30  # operators of a profile
+_TOP = 60  # operators of a profile
 
 
 class Parts:
@@ -193,7 +193,7 @@ class Profile:
         wait(self._device)
         self._profiler.stop()
         averages = self._profiler.key_averages()
-        return averages.table(sort_by=self._sort, row_limit=_TOP, max_name_column_width=60)
+        return averages.table(sort_by=self._sort, row_limit=_TOP, max_name_column_width=90)
 
 
 def find_device(name: str) -> torch.device:

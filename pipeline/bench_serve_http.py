@@ -13,34 +13,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.errors import InputError, ServiceError
+from components.train.memory import release
+from model.errors import ServiceError
 from model.names import MODEL_PREFIX
 from pipeline import bench_serve_parts as parts
-from pipeline.bench_bases import RANDOM_BASES
+from pipeline.bench_serve_ways import CHANNELS_LAST
 from pipeline.progress import Event, Progress
 
 if TYPE_CHECKING:
-    from pipeline.bench_serve import ServeBenchSettings
+    from pipeline.bench_serve import ServeBenchSettings, Write
     from serve.endpoint import Endpoint
 
 _LEAST = 4  # requests of each client
 _PATIENCE = 120.0  # seconds for one request
 
 
-def bench_http(settings: ServeBenchSettings, progress: Progress, document: dict[str, Any]) -> None:
+def bench_http(
+    settings: ServeBenchSettings, progress: Progress, document: dict[str, Any], write: Write
+) -> None:
     """Start the endpoint, ask it by the settings' numbers of clients, and add to the document.
 
+    The endpoint draws in the way, and at most so many pictures at once, that the engine did in its
+    best row of the largest batch. `write` gets the document after every number of clients.
+
     Raises:
-        InputError: for a base of random weights, which no other process can load.
-        ServiceError: when Ray or the endpoint does not start.
+        ServiceError: when Ray or the endpoint does not start, or Ray sees no GPU where one is asked
+            for.
     """
-    if settings.base in RANDOM_BASES:
-        raise InputError("--clients needs a base that is loaded: pocket, or a base's folder")
     from pipeline.services import local_ray
 
-    progress(Event("bench", "endpoint", "starting Ray and the endpoint (half a minute)"))
+    torch.compiler.reset()  # what the engine compiled and captured: the endpoint needs the memory
+    release(torch.device(document["device"]))
+    progress(Event("bench", "endpoint", "starting Ray"))
     with tempfile.TemporaryDirectory(prefix="echodistill-bench-") as work, local_ray(cpus=2):
-        endpoint = _start(settings, document, Path(work))
+        if document["device"] == "cuda":
+            _need_gpu()
+        endpoint = _start(settings, progress, document, Path(work))
         try:
             for clients in settings.clients:
                 load = Load(endpoint.url, settings, clients)
@@ -48,23 +56,38 @@ def bench_http(settings: ServeBenchSettings, progress: Progress, document: dict[
                 row = load.row()
                 row["over_engine"] = round(row["images_per_s"] / document["images_per_s"], 3)
                 document["http"].append(row)
+                write(document)
                 words = f"{row['images_per_s']:.2f} images/s, {row['ms_median']:.0f} ms"
                 progress(Event("bench", f"{clients} HTTP clients", words))
         finally:
             endpoint.stop()
 
 
-def _start(settings: ServeBenchSettings, document: dict[str, Any], work: Path) -> Endpoint:
+def _need_gpu() -> None:
+    """Raise ServiceError where Ray has no GPU: the endpoint would wait for one for ever."""
+    import ray
+
+    if not ray.cluster_resources().get("GPU"):
+        raise ServiceError("Ray sees no GPU here")
+
+
+def _start(
+    settings: ServeBenchSettings, progress: Progress, document: dict[str, Any], work: Path
+) -> Endpoint:
     from serve.endpoint import start
     from serve.settings import load_settings
 
-    dtype = getattr(torch, document["dtype"])
-    served = parts.served_base(settings.base, dtype, torch.device("cpu"))
+    dtype, device = getattr(torch, document["dtype"]), torch.device(document["device"])
+    progress(Event("bench", "endpoint", f"registering {settings.concepts} concepts"))
+    served = parts.saved_base(settings.base, dtype, device, work / "base")
+    release(device)
     uri = f"sqlite:///{work / 'mlflow.db'}"
     _register(served, settings, work, uri)
     own: dict[str, Any] = {}
     if settings.base != "pocket":
         own = {"base": served.pair.name, "student": served.student}
+    speed, *switches = _fastest(document).split(":")
+    progress(Event("bench", "endpoint", f"starting ({speed}; half a minute, compiled: minutes)"))
     return start(
         load_settings(
             **own,
@@ -75,7 +98,8 @@ def _start(settings: ServeBenchSettings, document: dict[str, Any], work: Path) -
             access_log=work / "access.log",
             device=document["device"],
             dtype=document["dtype"],
-            speed=_fastest(document),
+            speed=speed,
+            channels_last=settings.channels_last or CHANNELS_LAST in switches,
             max_batch=max(document["batches"]),
             max_queue=max(256, 2 * max(settings.clients)),
         )
@@ -83,9 +107,9 @@ def _start(settings: ServeBenchSettings, document: dict[str, Any], work: Path) -
 
 
 def _fastest(document: dict[str, Any]) -> str:
-    """The speed of the engine's best row, without what else was switched on."""
-    best = max(document["engine"], key=lambda row: row["images_per_s"], default={"speed": "eager"})
-    return str(best["speed"]).partition(":")[0]
+    """Name the engine's best way at the largest batch; its `images_per_s` are the document's."""
+    rows = [row for row in document["engine"] if row["images_per_s"] == document["images_per_s"]]
+    return str(rows[0]["speed"])
 
 
 def _register(served: parts.ServedBase, settings: ServeBenchSettings, work: Path, uri: str) -> None:
@@ -115,6 +139,7 @@ class Load:
         clients: how many at once.
         times: seconds of each answer.
         refused: answers of status 429 or 503, which were asked for again.
+        stages: milliseconds that the endpoint says it spent in each stage, of each answer.
     """
 
     url: str
@@ -122,6 +147,7 @@ class Load:
     clients: int
     times: list[float] = field(default_factory=list)
     refused: int = 0
+    stages: list[dict[str, float]] = field(default_factory=list)
     _spent: float = 0.0
 
     async def run(self) -> None:
@@ -138,6 +164,7 @@ class Load:
             for number in range(self.settings.concepts):  # every concept's adapter is loaded
                 await self._ask(session, number)
             self.times.clear()
+            self.stages.clear()
             began = time.perf_counter()
             await asyncio.gather(*(self._client(session, n, began) for n in range(self.clients)))
             self._spent = time.perf_counter() - began
@@ -152,6 +179,10 @@ class Load:
             "ms_median": round(statistics.median(ms), 3),
             "ms_95": round(ms[int(0.95 * (len(ms) - 1))], 3),
             "refused": self.refused,
+            "stages_ms": {
+                name: round(statistics.median(each[name] for each in self.stages), 1)
+                for name in self.stages[0]
+            },
             "cores": os.cpu_count(),
         }
 
@@ -180,4 +211,11 @@ class Load:
                 if answer.status != 200:
                     raise ServiceError(f"the endpoint answered {answer.status}: {data[:300]!r}")
             self.times.append(time.perf_counter() - began)
+            self.stages.append(_stages(answer.headers["server-timing"]))
             return
+
+
+def _stages(header: str) -> dict[str, float]:
+    """Read a Server-Timing header: milliseconds by stage."""
+    pairs = (part.strip().split(";dur=") for part in header.split(","))
+    return {name: float(ms) for name, ms in pairs}

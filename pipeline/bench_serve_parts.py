@@ -88,6 +88,25 @@ def served_base(base: str, dtype: torch.dtype, device: torch.device) -> ServedBa
     return ServedBase(pair, config, student)
 
 
+def saved_base(base: str, dtype: torch.dtype, device: torch.device, folder: Path) -> ServedBase:
+    """Make a base that other processes can load, and load it onto the CPU.
+
+    One of random weights is built on `device` and saved to `folder`, as a diffusers directory.
+
+    Raises:
+        InputError: when a base can't be loaded.
+    """
+    cpu = torch.device("cpu")
+    if base not in RANDOM_BASES:
+        return served_base(base, dtype, cpu)
+    made = served_base(base, dtype, device)
+    side = made.pair.latent_shape[1]
+    made.pair.student.register_to_config(sample_size=side)  # by it the resolution is known
+    made.plain().save_pretrained(folder)
+    pair = load_base_pair(folder, folder, name=made.pair.name, dtype=dtype, device=cpu)
+    return ServedBase(pair, made.scheduler, folder)
+
+
 def plain_pictures(pipeline: Any, pair: BasePair, prompts: Sequence[str], seed: int) -> list[Any]:
     """Draw one-step pictures with plain diffusers from the noise that our engine starts from."""
     noise = picture_noise(pair, range(seed, seed + len(prompts)))

@@ -93,8 +93,7 @@ def serve(
         if settings.clients:
             from pipeline.bench_serve_http import bench_http
 
-            bench_http(settings, output, document)
-            write(document)
+            bench_http(settings, output, document, write)
 
     def human(console: Console) -> None:
         draw_report(console, document)

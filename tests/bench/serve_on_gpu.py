@@ -1,7 +1,8 @@
 """The engine of the endpoint measured on one GPU, in one go; SERVE.md says how.
 
-Needs no installation of the project, no network, no Ray and no MLflow. What is measured is written
-as it comes, what is worth most first, and what fails or takes too long is passed over.
+Needs no installation of the project, no network, and Ray and MLflow for `--clients` alone, which
+asks the whole endpoint over HTTP too. What is measured is written as it comes, what is worth most
+first, and what fails or takes too long is passed over.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 # Ways of running the networks; what is compiled comes last, since it takes minutes.
 ON_GPU = ("eager", "graphs", "graphs:channels_last", "graphs:channels_last:benchmark", "compile")
@@ -27,6 +26,9 @@ def main() -> int:
     """Run the benchmark; exit code 1 when other requests change a picture."""
     arguments = _parsed()
     began = time.monotonic()
+    from pipeline.services import quiet_libraries
+
+    quiet_libraries()
     from rich.console import Console
 
     from pipeline.bench_measure import find_device
@@ -48,6 +50,7 @@ def main() -> int:
         device=arguments.device,
         concepts=arguments.concepts,
         batches=arguments.batches,
+        clients=arguments.clients,
         dtype=arguments.dtype,
         speeds=arguments.speeds
         or (ON_GPU if find_device(arguments.device).type == "cuda" else None),
@@ -59,6 +62,10 @@ def main() -> int:
         patience=arguments.patience,
     )
     document = bench_serve(settings, say, write)
+    if settings.clients and document["images_per_s"]:
+        from pipeline.bench_serve_http import bench_http
+
+        bench_http(settings, say, document, write)
     with (out / "serve.txt").open("w") as file:
         draw_report(Console(file=file, width=120), document)
     print((out / "serve.txt").read_text(), flush=True)
@@ -76,6 +83,12 @@ def _parsed() -> argparse.Namespace:
         type=lambda text: tuple(int(part) for part in text.split(",")),
         help="sizes such as 1,8,32",
     )
+    parser.add_argument(
+        "--clients",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        default=(),
+        help="also ask the endpoint over HTTP, so many at a time (needs Ray and MLflow)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
         "--speeds",
@@ -87,7 +100,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--resident", type=int, default=1000, help="adapters kept at once")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--minutes", type=float, default=7.0, help="for all")
+    parser.add_argument("--minutes", type=float, default=7.0, help="without --clients")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on each part's seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     return parser.parse_args()

@@ -34,6 +34,7 @@ from components.spec import RunSpec
 from components.train.memory import release
 from model.acceleration import compile_blocks, use_channels_last
 from model.iteration import Frozen
+from model.rewriting import rewrite
 from pipeline import bench_measure as measure
 from pipeline.bench import alone
 from pipeline.bench_bases import bench_spec, build_frozen
@@ -52,12 +53,15 @@ class Configuration:
     channels_last: bool = False
     cuda_graphs: bool = False
     compiled: bool = False
+    benchmark: bool = False
 
     @property
     def name(self) -> str:
         """Name it for the table."""
         switches = [
-            name for name in ("channels_last", "cuda_graphs", "compiled") if vars(self)[name]
+            name
+            for name in ("channels_last", "cuda_graphs", "compiled", "benchmark")
+            if vars(self)[name]
         ]
         bank = [f"bank={self.bank}"] if self.bank else []
         return " ".join([f"pack {self.pack}", *bank, *switches])
@@ -69,20 +73,21 @@ PLAN = (
     Configuration(1, 40),
     Configuration(4, 40),
     Configuration(8, 50, BANK),
+    Configuration(8, 50),
     Configuration(1, 40, channels_last=True),
     Configuration(4, 40, channels_last=True),
     Configuration(1, 40, cuda_graphs=True),
     Configuration(4, 40, cuda_graphs=True),
     Configuration(8, 50, BANK, cuda_graphs=True),
-    Configuration(4, 230, channels_last=True, compiled=True),
-    Configuration(4, 60, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(4, 60, BANK, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(8, 200, BANK, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(1, 200, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(1, 60, BANK, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(8, 60, channels_last=True, compiled=True, cuda_graphs=True),
-    Configuration(8, 50),
-    Configuration(4, 200, compiled=True),
+    # From here on networks are rewritten, which is not undone.
+    Configuration(8, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(4, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(1, 250, BANK, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(8, 90, BANK, channels_last=True, compiled=True, cuda_graphs=True, benchmark=True),
+    Configuration(8, 90, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(4, 90, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(1, 90, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(4, 90, BANK, channels_last=True, compiled=True),
 )
 
 
@@ -112,6 +117,7 @@ class Sweep:
         del frozen
         release(self.device)
         frozen = self._build(options.precision)
+        self._attempt("operations", 60, lambda: self._count(frozen))
         if self.device.type == "cuda":
             self._attempt("waits", 40, lambda: self._waits(frozen))
         for configuration in PLAN:
@@ -135,8 +141,8 @@ class Sweep:
         self.say(f"building the frozen networks in {precision}")
         return build_frozen(self.options.base, self._spec(), precision, self.device)
 
-    def _spec(self, bank: int = 0, cuda_graphs: bool = False) -> RunSpec:
-        sets = [f"train.cuda_graphs={str(cuda_graphs).lower()}", *self.options.set]
+    def _spec(self, bank: int = 0, cuda_graphs: bool = False, *more: str) -> RunSpec:
+        sets = [f"train.cuda_graphs={str(cuda_graphs).lower()}", *self.options.set, *more]
         if bank:
             sets.append(f"views.bank={bank}")
         return bench_spec(self.options.base, None, self.options.precision, sets)
@@ -158,6 +164,15 @@ class Sweep:
         times = measure.summary(runner.run(self.options.iterations))
         self.document["plain_ms"] = times["ms"]
         self.say(f"plain loop, float32: {times['ms']:.1f} ms")
+
+    def _count(self, frozen: Frozen) -> None:
+        """Count an iteration's operations, of networks as they were published."""
+        for kind, bank in (("endless", 0), ("bank", BANK)):
+            # By sorting: torch compiles no function while its counter watches, nor ever after.
+            with self._runner(frozen, Configuration(1, 0, bank), "loss.swd_bins=null") as runner:
+                runner.run(1)
+                tflop = measure.count_flops(lambda: runner.run(1)) / runner.concepts / 1e12
+            self.document["tflop"][kind] = tflop
 
     def _waits(self, frozen: Frozen) -> None:
         """Note where the program waits for the GPU within an iteration."""
@@ -196,6 +211,9 @@ class Sweep:
 
     def _measure(self, frozen: Frozen, configuration: Configuration, entry: dict[str, Any]) -> None:
         restore(frozen)
+        torch.backends.cudnn.benchmark = configuration.benchmark
+        if configuration.compiled:
+            rewrite(frozen)
         if configuration.channels_last:
             use_channels_last(frozen)
         if configuration.compiled:
@@ -214,11 +232,7 @@ class Sweep:
             entry["peak_gib"] = runner.peak_gib
             if self.device.type == "cuda":
                 entry["reserved_gib"] = round(torch.cuda.max_memory_reserved() / measure.GIB, 3)
-            kind = "bank" if configuration.bank else "endless"
             plain = not configuration.compiled and not configuration.cuda_graphs
-            if plain and kind not in self.document["tflop"]:
-                tflop = measure.count_flops(lambda: runner.run(1)) / runner.concepts / 1e12
-                self.document["tflop"][kind] = tflop
             if self.options.profile and not plain:
                 name = configuration.name.replace(" ", "_")
                 (self.options.out / f"{name}.txt").write_text(runner.profile())
@@ -237,8 +251,10 @@ class Sweep:
                 entry["losses_agree"] = max(entry["loss_errors"].values()) <= LOSSES_AGREE
 
     @contextmanager
-    def _runner(self, frozen: Frozen, configuration: Configuration) -> Iterator[EngineRunner]:
-        spec = self._spec(configuration.bank, configuration.cuda_graphs)
+    def _runner(
+        self, frozen: Frozen, configuration: Configuration, *more: str
+    ) -> Iterator[EngineRunner]:
+        spec = self._spec(configuration.bank, configuration.cuda_graphs, *more)
         if configuration.compiled:
             train = spec.train.model_copy(
                 update={"compile": True}

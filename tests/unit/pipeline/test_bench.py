@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from model.errors import InputError
 from pipeline.bench import BenchSettings, _next_size, bench_train
 from pipeline.bench_bases import MINI, bench_spec, build_frozen, random_pair
 from pipeline.bench_measure import OutOfTime, Parts, count_flops, summary, within
+from pipeline.bench_serve_parts import TOKEN, saved_base, served_base
 from pipeline.bench_serve_ways import ways_of
 from pipeline.cli.bench_serve import numbers_of
+from serve.engine import Engine, PictureRequest
 
 CPU = torch.device("cpu")
 
@@ -144,3 +147,14 @@ def test_a_way_of_running_leaves_the_networks_of_others_as_they_are() -> None:
     for name in ("fast", "eager:fast"):
         with pytest.raises(InputError, match="'fast'"):
             ways_of([name], False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_random_base_draws_the_same_pictures(tmp_path: Path, dtype: torch.dtype) -> None:
+    # So `--clients` measures over HTTP, in another process, what it measured in this one.
+    made, saved = served_base(MINI, dtype, CPU), saved_base(MINI, dtype, CPU, tmp_path / "base")
+    assert (saved.pair.name, saved.pair.resolution) == (MINI, made.pair.resolution)
+    assert saved.student == tmp_path / "base" and saved.pair.dtype == dtype
+    request = [PictureRequest(f"a photo of a {TOKEN} dog", 3)]
+    mine, theirs = (Engine(base.pair).draw(request) for base in (made, saved))
+    assert abs(mine.astype(int) - theirs.astype(int)).max() <= (0 if dtype == torch.float32 else 2)
