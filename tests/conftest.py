@@ -38,6 +38,11 @@ import pytest
 
 from tests.services import mlflow_process
 
+# Settings of a user's shell do not count here, but for where base networks are unpacked.
+for _name in [each for each in os.environ if each.startswith("ECHODISTILL_")]:
+    if _name != "ECHODISTILL_CACHE":
+        del os.environ[_name]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 AWS_NAMES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
