@@ -149,7 +149,10 @@ def count_flops(function: Callable[[], Any]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+    # Left to itself torch skips what it would compile while the counter watches, and does so ever
+    # after.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False, custom_mapping=known) as counter:
         function()
     return int(counter.get_total_flops())
 

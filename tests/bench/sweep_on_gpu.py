@@ -141,8 +141,8 @@ class Sweep:
         self.say(f"building the frozen networks in {precision}")
         return build_frozen(self.options.base, self._spec(), precision, self.device)
 
-    def _spec(self, bank: int = 0, cuda_graphs: bool = False, *more: str) -> RunSpec:
-        sets = [f"train.cuda_graphs={str(cuda_graphs).lower()}", *self.options.set, *more]
+    def _spec(self, bank: int = 0, cuda_graphs: bool = False) -> RunSpec:
+        sets = [f"train.cuda_graphs={str(cuda_graphs).lower()}", *self.options.set]
         if bank:
             sets.append(f"views.bank={bank}")
         return bench_spec(self.options.base, None, self.options.precision, sets)
@@ -168,8 +168,7 @@ class Sweep:
     def _count(self, frozen: Frozen) -> None:
         """Count an iteration's operations, of networks as they were published."""
         for kind, bank in (("endless", 0), ("bank", BANK)):
-            # By sorting: torch compiles no function while its counter watches, nor ever after.
-            with self._runner(frozen, Configuration(1, 0, bank), "loss.swd_bins=null") as runner:
+            with self._runner(frozen, Configuration(1, 0, bank)) as runner:
                 runner.run(1)
                 tflop = measure.count_flops(lambda: runner.run(1)) / runner.concepts / 1e12
             self.document["tflop"][kind] = tflop
@@ -251,10 +250,8 @@ class Sweep:
                 entry["losses_agree"] = max(entry["loss_errors"].values()) <= LOSSES_AGREE
 
     @contextmanager
-    def _runner(
-        self, frozen: Frozen, configuration: Configuration, *more: str
-    ) -> Iterator[EngineRunner]:
-        spec = self._spec(configuration.bank, configuration.cuda_graphs, *more)
+    def _runner(self, frozen: Frozen, configuration: Configuration) -> Iterator[EngineRunner]:
+        spec = self._spec(configuration.bank, configuration.cuda_graphs)
         if configuration.compiled:
             train = spec.train.model_copy(
                 update={"compile": True}

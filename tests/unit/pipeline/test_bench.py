@@ -149,6 +149,20 @@ def test_a_way_of_running_leaves_the_networks_of_others_as_they_are() -> None:
             ways_of([name], False)
 
 
+def test_what_was_counted_is_compiled_all_the_same() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    product = torch.compile(lambda x: x @ x, dynamic=False, backend=backend)
+    assert count_flops(lambda: product(torch.ones(4, 4))) == 2 * 4**3
+    assert not compiled
+    product(torch.ones(4, 4))
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_random_base_draws_the_same_pictures(tmp_path: Path, dtype: torch.dtype) -> None:
     # So `--clients` measures over HTTP, in another process, what it measured in this one.
