@@ -93,10 +93,12 @@ class TrainSpec(_Section):
     def _can_be_recorded(self) -> Self:
         if self.cuda_graphs and self.zero_stage == 3:
             raise ValueError(
-                "cuda_graphs needs tensors that keep their place: zero_stage 0, 1 or 2"
+                "cuda_graphs needs tensors that keep their place: zero_stage auto, 0, 1 or 2"
             )
         if self.compile and self.zero_stage == 3 and self.workers > 1:
-            raise ValueError("compile needs whole networks: zero_stage 0, 1 or 2, or one worker")
+            raise ValueError(
+                "compile needs whole networks: zero_stage auto, 0, 1 or 2, or one worker"
+            )
         if self.cuda_graphs and self.checkpointing:
             raise ValueError("cuda_graphs cannot record checkpointing: leave one of them off")
         return self

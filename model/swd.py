@@ -118,8 +118,8 @@ class _Counted(torch.autograd.Function):
 
     With A(v) and B(v) the numbers of projections below v, the distance is the area of |A - B|, and
     a projection of `a` moves it by the sign of B - A where it stands: within a bin by that of the
-    line from one edge to the other, averaged. Signs are projected back before they are scaled: in
-    float16 one share of the mean would be zero.
+    line from one edge to the other, averaged: a fraction, kept in the projections' type. Signs are
+    projected back before they are scaled: in float16 one share of the mean would be zero.
     """
 
     @staticmethod
@@ -169,8 +169,13 @@ def _look_up(
 
 
 def _where(lines: torch.Tensor, low: torch.Tensor, width: torch.Tensor, bins: int) -> torch.Tensor:
-    """Give the place of every projection's bin in a flat [P * bins]: [R, places * P]."""
-    number = ((lines.float() - low[:, None]) / width[:, None]).clamp(0, bins - 1).long()
+    """Give the place of every projection's bin in a flat [P * bins]: [R, places * P].
+
+    What is not a number has a place too, for it must not reach beyond its row; the row's distance
+    is none all the same, as its bins have no width.
+    """
+    number = ((lines.float() - low[:, None]) / width[:, None]).nan_to_num(0.0)
+    number = number.clamp(0, bins - 1).long()
     return (number + bins * torch.arange(low.shape[1], device=low.device)).flatten(1)
 
 

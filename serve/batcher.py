@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -24,7 +25,7 @@ class Batcher(Generic[Item, Result]):
     Args:
         work: gives one result for each item, in order; runs in a thread, one call at a time.
         largest: items in one call.
-        wait_seconds: how long the first item waits for others where nothing is under way.
+        wait_seconds: how long the first item waits for a full batch where nothing is under way.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Batcher(Generic[Item, Result]):
         self._largest = largest
         self._wait_seconds = wait_seconds
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._full = asyncio.Event()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
         self._running: asyncio.Task[None] | None = None
 
@@ -47,30 +49,43 @@ class Batcher(Generic[Item, Result]):
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
+        if len(self._waiting) >= self._largest:
+            self._full.set()
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
         return await future
 
     async def _run(self) -> None:
         """Works until nothing waits."""
-        if len(self._waiting) < self._largest:
-            await asyncio.sleep(self._wait_seconds)
+        if self._wait_seconds:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._full.wait(), self._wait_seconds)
         loop = asyncio.get_running_loop()
         while batch := self._next():
             items = [item for item, _ in batch]
-            try:
-                results = await loop.run_in_executor(self._worker, self._work, items)
-                assert len(results) == len(items), "one result for each item"
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            results, error = await loop.run_in_executor(self._worker, self._try, items)
+            for place, (_, future) in enumerate(batch):
+                if future.done():
+                    continue
+                if error is None:
+                    future.set_result(results[place])
+                else:
+                    future.set_exception(error)
+
+    def _try(self, items: list[Item]) -> tuple[Sequence[Result], Exception | None]:
+        """The work's results, or what went wrong: of any kind, for somebody waits for each item."""
+        try:
+            results = self._work(items)
+            assert len(results) == len(items), "one result for each item"
+        except Exception as error:
+            # A future takes no StopIteration.
+            return (), RuntimeError(str(error)) if isinstance(error, StopIteration) else error
+        except BaseException as error:
+            return (), RuntimeError(f"{type(error).__name__}: {error}")
+        return results, None
 
     def _next(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        self._full.clear()
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         while self._waiting and len(batch) < self._largest:
             item, future = self._waiting.popleft()

@@ -31,6 +31,7 @@ def main() -> int:
     quiet_libraries()
     from rich.console import Console
 
+    from model.errors import EchoDistillError
     from pipeline.bench_measure import find_device
     from pipeline.bench_serve import ServeBenchSettings, bench_serve
     from pipeline.bench_serve_report import draw_report
@@ -65,7 +66,11 @@ def main() -> int:
     if settings.clients and document["images_per_s"]:
         from pipeline.bench_serve_http import bench_http
 
-        bench_http(settings, say, document, write)
+        try:
+            bench_http(settings, say, document, write)
+        except EchoDistillError as error:  # what the engine gave is worth its report all the same
+            document["failed"] = {**document.get("failed", {}), "http": str(error)}
+            write(document)
     with (out / "serve.txt").open("w") as file:
         draw_report(Console(file=file, width=120), document)
     print((out / "serve.txt").read_text(), flush=True)
@@ -100,7 +105,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--resident", type=int, default=1000, help="adapters kept at once")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--minutes", type=float, default=7.0, help="without --clients")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all but --clients")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on each part's seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     return parser.parse_args()

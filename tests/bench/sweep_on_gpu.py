@@ -1,4 +1,4 @@
-"""Each way of making training faster, alone and together, on one GPU within nine minutes.
+"""Each way of making training faster, alone and together, on one GPU.
 
 README.md says how to run it. What is measured is written after every configuration, so that a run
 that is cut short leaves what it had; a configuration that fails or outlasts its time is passed

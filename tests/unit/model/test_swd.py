@@ -118,6 +118,19 @@ def test_counting_finds_nothing_between_equals_and_all_of_a_shift() -> None:
     assert found == pytest.approx(expected, rel=1e-2)
 
 
+def test_what_is_not_a_number_harms_its_own_row_alone() -> None:
+    directions = swd.unit_directions(randn(2, 4, 3, 11, 11))
+    a, b = (randn(4, 3, 26, 26, seed=s).clamp(-1, 1) for s in (7, 8))
+    whole = swd.ms_swd(a, b, directions, bins=64)
+    a[1, 0, 5, 5] = math.nan
+    x = a.requires_grad_()
+    found = swd.ms_swd(x, b, directions, bins=64)
+    found[[0, 2, 3]].sum().backward()
+    assert torch.equal(found.isnan(), torch.tensor([False, True, False, False]))
+    assert torch.equal(found[[0, 2, 3]].detach(), whole[[0, 2, 3]])
+    assert x.grad is not None and x.grad[[0, 2, 3]].isfinite().all()
+
+
 def test_unit_swd_constants_are_the_papers() -> None:
     assert (swd.SWD_SCALES, swd.SWD_PATCH) == (5, 11)
     assert LossSettings().swd_directions == 128

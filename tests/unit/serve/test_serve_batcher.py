@@ -70,13 +70,36 @@ def test_a_batch_that_fails_fails_alone_and_who_has_gone_is_left_out() -> None:
     asyncio.run(ask())
 
 
-def test_the_first_waits_for_others_where_nothing_is_under_way() -> None:
+def test_the_first_waits_for_a_full_batch_where_nothing_is_under_way() -> None:
     async def ask() -> list[int]:
         slow = Slow()
         slow.may.release(1)
         batcher = Batcher(slow, largest=2, wait_seconds=60)
-        found = asyncio.gather(batcher(1), batcher(2))  # a full batch waits no longer
+        first = asyncio.create_task(batcher(1))
+        for _ in range(5):
+            await asyncio.sleep(0)
         assert slow.batches == []
-        return await asyncio.wait_for(found, 30)
+        found = await asyncio.wait_for(asyncio.gather(first, batcher(2)), 30)
+        assert slow.batches == [[1, 2]]
+        return found
 
     assert asyncio.run(ask()) == [2, 4]
+
+
+@pytest.mark.parametrize("error", [StopIteration("end"), asyncio.CancelledError("gone")])
+def test_whatever_the_work_raises_somebody_is_told(error: BaseException) -> None:
+    async def ask() -> None:
+        def work(items: Sequence[int]) -> list[int]:
+            if items == [13]:
+                raise error
+            return list(items)
+
+        batcher = Batcher(work, largest=1)
+        for item, told in ((13, True), (1, False)):
+            if told:
+                with pytest.raises(RuntimeError):
+                    await asyncio.wait_for(batcher(item), 30)
+            else:
+                assert await asyncio.wait_for(batcher(item), 30) == item
+
+    asyncio.run(ask())

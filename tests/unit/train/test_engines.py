@@ -179,3 +179,14 @@ def test_a_state_goes_on_at_any_stage_and_world_size(runs):
             for state in rank.values():
                 for name, value in expected.items():
                     torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2)])
+def test_one_worker_has_nothing_to_share(
+    workers: int, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.train import engines
+
+    monkeypatch.setattr(engines.ranks, "world_size", lambda: workers)
+    assert engines._wanted_stage(TrainSpec()) == stage
+    assert engines._wanted_stage(TrainSpec(zero_stage=1)) == 1
