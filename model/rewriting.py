@@ -26,6 +26,7 @@ def rewrite(frozen: Frozen) -> None:
         _merge_upsampling(network)
         for layer in network.modules():
             if isinstance(layer, nn.GroupNorm):
+                # A method, so that a copy of the layer calls it with itself.
                 layer.forward = MethodType(_group_norm, layer)  # type: ignore[method-assign]
     for network in (pair.teacher, pair.student, pair.vae.encoder, pair.vae.decoder):
         _join_last_activation(network)

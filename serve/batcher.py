@@ -73,14 +73,14 @@ class Batcher(Generic[Item, Result]):
                     future.set_exception(error)
 
     def _try(self, items: list[Item]) -> tuple[Sequence[Result], Exception | None]:
-        """The work's results, or what went wrong: of any kind, for somebody waits for each item."""
+        """The work's results, or what went wrong."""
         try:
             results = self._work(items)
             assert len(results) == len(items), "one result for each item"
-        except Exception as error:
-            # A future takes no StopIteration.
-            return (), RuntimeError(str(error)) if isinstance(error, StopIteration) else error
-        except BaseException as error:
+        except BaseException as error:  # of any kind: somebody waits for each item
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                return (), error
+            # A future takes none of these as what they are.
             return (), RuntimeError(f"{type(error).__name__}: {error}")
         return results, None
 

@@ -221,7 +221,7 @@ def _write_moments(engine: Any, step: int, state: State) -> None:
     for flat in _flat_parameters(engine):
         inner.state[flat] = {
             # A fused step counts where it works.
-            "step": torch.tensor(float(step), device=flat.device if flat.is_cuda else "cpu"),
+            "step": torch.tensor(float(step), device=flat.device),
             **{moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS},
         }
     if _stage(engine) in (1, 2):

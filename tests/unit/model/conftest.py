@@ -1,4 +1,4 @@
-"""The tiny pair and its backbones, loaded once a session; tests must not change them."""
+"""The tiny pair and its backbones, loaded once a session; tests must not change them, but `own`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def backbones(tiny: TinyPaths) -> tuple[Backbone, ...]:
 @pytest.fixture(scope="session")
 def frozen(pair: BasePair, backbones: tuple[Backbone, ...]) -> Frozen:
     return Frozen.build(pair, backbones)
+
+
+@pytest.fixture
+def own(tiny: TinyPaths) -> Frozen:
+    """The frozen networks once more, to be changed."""
+    return Frozen.build(load(tiny), [load_backbone(folder) for folder in (tiny.clip, tiny.dino)])
 
 
 @pytest.fixture(scope="session")

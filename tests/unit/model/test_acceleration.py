@@ -12,22 +12,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch._dynamo.utils import counters
 
 from model.acceleration import accelerate, compile_blocks, use_channels_last
-from model.base_pair import load_base_pair
 from model.batch import ConceptData
 from model.checkpointing import save_memory
-from model.discriminators import load_backbone
 from model.iteration import Frozen
-from tests.tiny import TinyPaths
 from tests.unit.model.packs import assert_same, draw
 
 LAST = torch.channels_last
-
-
-@pytest.fixture
-def own(tiny: TinyPaths) -> Frozen:
-    """The frozen networks, to be changed."""
-    pair = load_base_pair(tiny.teacher, tiny.student, name="tiny")
-    return Frozen.build(pair, [load_backbone(folder) for folder in (tiny.clip, tiny.dino)])
 
 
 def test_pictures_keep_their_channels_innermost_from_end_to_end(

@@ -10,24 +10,14 @@ from torch.nn import functional as F
 
 from model import rewriting
 from model.acceleration import use_channels_last
-from model.base_pair import load_base_pair
 from model.batch import ConceptData
-from model.discriminators import load_backbone
 from model.iteration import Frozen
 from model.rewriting import MergedUpsampling, NormAndActivation, rewrite
-from tests.tiny import TinyPaths
 from tests.unit.model.packs import assert_same
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def own(tiny: TinyPaths) -> Frozen:
-    """The frozen networks, to be changed."""
-    pair = load_base_pair(tiny.teacher, tiny.student, name="tiny")
-    return Frozen.build(pair, [load_backbone(folder) for folder in (tiny.clip, tiny.dino)])
 
 
 def test_rewritten_networks_train_as_before(
