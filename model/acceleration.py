@@ -18,7 +18,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from model.compiling import allow_variants
 from model.iteration import Frozen
-from model.rewriting import NormAndActivation, rewrite
+from model.rewriting import MergedUpsampling, NormAndActivation, rewrite
 
 # What the networks are built of, each block with everything inside it. Blocks of one kind and the
 # same shapes share their code: a UNet's 38 blocks make 19, a backbone's 24 or 32 make one.
@@ -26,6 +26,7 @@ _BLOCKS: tuple[type[nn.Module], ...] = (
     ResnetBlock2D,
     Transformer2DModel,
     NormAndActivation,
+    MergedUpsampling,
     CLIPEncoderLayer,
     Dinov2Layer,
     ViTLayer,

@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 from model.iteration import Frozen
 
-# Smaller ones are normalised in one go: a group fits what a GPU's processor keeps at hand.
-_LARGE = 64 * 64
-
 
 def rewrite(frozen: Frozen) -> None:
     """Rewrite the UNets and the VAE in place; what is rewritten already stays so."""
@@ -97,10 +94,10 @@ def _join_last_activation(network: Any) -> None:
 def _group_norm(self: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """Normalise [R, C, H, W] from its channels' own means and variances.
 
-    Channels last, a group's pixels lie scattered, and are read several times over; a channel's
-    numbers are summed row by row. The group's follow from them exactly.
+    Channels last, a group's pixels lie scattered, and torch would turn the picture around for them,
+    and back; a channel's numbers are summed row by row. The group's follow from them exactly.
     """
-    if x.dim() != 4 or x.shape[2] * x.shape[3] <= _LARGE:
+    if x.dim() != 4:
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
     spread, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)  # [R, C]
     means = mean.unflatten(1, (self.num_groups, -1))

@@ -129,8 +129,8 @@ class _Counted(torch.autograd.Function):
         kind = torch.float16 if a.is_cuda else torch.float32
         weights = _row_weights(directions.to(kind))
         mine, theirs = (_project_rows(each.to(kind), weights) for each in (a, b))
-        low = torch.minimum(mine.amin(dim=1), theirs.amin(dim=1)).float()
-        high = torch.maximum(mine.amax(dim=1), theirs.amax(dim=1)).float()
+        bounds: Any = _compiled(_bounds) if a.is_cuda else _bounds
+        low, high = bounds(mine, theirs)
         width = (high - low).clamp_min(1e-6) / bins  # [R, P]
         count: Any = _compiled(_count) if a.is_cuda else _count
         more = count(theirs, low, width, bins) - count(mine, low, width, bins)
@@ -149,6 +149,13 @@ class _Counted(torch.autograd.Function):
         share = grads[0] / (signs.shape[1] * signs.shape[2])
         back = _project_rows_back(signs, weights, ctx.size)
         return back * share.view(-1, 1, 1, 1), None, None, None
+
+
+def _bounds(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the least and the largest of both along every direction: [R, P] float32 each."""
+    low = torch.minimum(a.amin(dim=1), b.amin(dim=1))
+    high = torch.maximum(a.amax(dim=1), b.amax(dim=1))
+    return low.float(), high.float()
 
 
 def _count(lines: torch.Tensor, low: torch.Tensor, width: torch.Tensor, bins: int) -> torch.Tensor:
@@ -179,8 +186,8 @@ def _where(lines: torch.Tensor, low: torch.Tensor, width: torch.Tensor, bins: in
     return (number + bins * torch.arange(low.shape[1], device=low.device)).flatten(1)
 
 
-@lru_cache(maxsize=2)
-def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+@lru_cache(maxsize=3)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Have torch make one kernel of a function, for every shape that it sees."""
     allow_variants(_VARIANTS)
     return torch.compile(function, dynamic=False)

@@ -179,7 +179,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 class Profile:
-    """The torch profiler over some part of a run, as a table of the top operators."""
+    """The torch profiler over some part of a run, as tables of the top operators."""
 
     def __init__(self, device: torch.device) -> None:
         """Start."""
@@ -188,15 +188,20 @@ class Profile:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._sort = f"self_{device.type}_time_total"
         self._device = device
-        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
         self._profiler.start()
 
     def stop(self) -> str:
-        """Stop; returns the table."""
+        """Stop; returns the table, and a second one by the shapes that operators were given."""
         wait(self._device)
         self._profiler.stop()
-        averages = self._profiler.key_averages()
-        return averages.table(sort_by=self._sort, row_limit=_TOP, max_name_column_width=90)
+        tables = [
+            self._profiler.key_averages(group_by_input_shape=by_shape).table(
+                sort_by=self._sort, row_limit=_TOP, max_name_column_width=160
+            )
+            for by_shape in (False, True)
+        ]
+        return "\n".join(tables)
 
 
 def find_device(name: str) -> torch.device:

@@ -33,8 +33,8 @@ def bench_http(
 ) -> None:
     """Start the endpoint, ask it by the settings' numbers of clients, and add to the document.
 
-    The endpoint draws in the way, and at most so many pictures at once, that the engine did in its
-    best row of the largest batch. `write` gets the document after every number of clients.
+    The endpoint draws in the way, and in forwards of the sizes, that the engine did in its best row
+    of the largest batch. `write` gets the document after every number of clients.
 
     Raises:
         ServiceError: when Ray or the endpoint does not start, or Ray sees no GPU where one is asked
@@ -101,6 +101,7 @@ def _start(
             speed=speed,
             channels_last=settings.channels_last or CHANNELS_LAST in switches,
             max_batch=max(document["batches"]),
+            batch_sizes=",".join(map(str, document["batches"])),
             max_queue=max(256, 2 * max(settings.clients)),
         )
     )

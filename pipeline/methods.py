@@ -25,7 +25,7 @@ class Method:
         words: what it is, for people.
         run: the training run that it is drawn from; several methods may share one. Empty for none.
         drawer: `base`, the student without an adapter, asked for the class noun; `student`, in one
-            step; `teacher`, in 25 steps with guidance.
+            step; `teacher`, in 25 steps with guidance, without a run as it was before training.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Method:
 
 METHODS = (
     Method("student_base", "base student, class noun only", "", "base"),
+    Method("teacher_base", "base teacher, class noun only, 25 steps", "", "teacher"),
     Method("textual_inversion", "Textual Inversion of the student", "textual_inversion", "student"),
     Method("custom_diffusion", "Custom Diffusion of the student", "custom_diffusion", "student"),
     Method("teacher", "Custom Diffusion of the teacher, 25 steps", "teacher", "teacher"),

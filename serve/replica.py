@@ -16,7 +16,7 @@ from model.errors import ServiceError
 from serve.api import ApiError, ConceptCard, ModelList
 from serve.batcher import Batcher
 from serve.engine import BATCH_SIZES, COMPILED_SIZES, DrawError, Engine, PictureRequest
-from serve.fast import Speed, quicken, with_tiny_decoder
+from serve.fast import quicken, with_tiny_decoder
 from serve.orders import Order, Painted, Shown
 from serve.painter import Drawn, Painter
 from serve.pointers import Pointers
@@ -37,15 +37,18 @@ def load_base(settings: ServeSettings) -> BasePair:
     return quicken(pair, settings.speed, channels_last=settings.channels_last)
 
 
-def sizes_to_prepare(speed: Speed, max_batch: int, device: str) -> tuple[int, ...] | None:
+def sizes_to_prepare(settings: ServeSettings, device: str) -> tuple[int, ...] | None:
     """Padded sizes that are compiled or captured before the first request.
 
     None where nothing is: then the engine chooses its sizes.
     """
-    if speed == "eager" or device == "cpu":
+    if settings.speed == "eager" or device == "cpu":
         return None
-    sizes = COMPILED_SIZES if speed == "compile" else BATCH_SIZES
-    return tuple(size for size, below in zip(sizes, (0, *sizes), strict=False) if below < max_batch)
+    if settings.batch_sizes:
+        return settings.padded_sizes
+    sizes = COMPILED_SIZES if settings.speed == "compile" else BATCH_SIZES
+    steps = zip(sizes, (0, *sizes), strict=False)
+    return tuple(size for size, below in steps if below < settings.max_batch)
 
 
 def _loaded(settings: ServeSettings) -> BasePair:
@@ -70,7 +73,7 @@ class PainterReplica:
     def __init__(self, settings: ServeSettings) -> None:
         pair = load_base(settings)
         self._health_seconds = settings.health_seconds
-        sizes = sizes_to_prepare(settings.speed, settings.max_batch, pair.device.type)
+        sizes = sizes_to_prepare(settings, pair.device.type)
         self._engine = Engine(
             pair,
             keys_values_bytes=settings.keys_values_bytes,

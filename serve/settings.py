@@ -112,6 +112,12 @@ class ServeSettings(BaseSettings):
 
     # How it draws
     max_batch: int = Field(default=8, ge=1, le=256, description="pictures in one forward")
+    batch_sizes: str = Field(
+        default="",
+        pattern=r"^([1-9]\d{0,2}(,[1-9]\d{0,2})*)?$",
+        description="padded sizes to compile or capture before the first request, by comma; "
+        "unset: steps up to `max_batch`. Fewer start sooner, and pad more",
+    )
     batch_wait_seconds: float = Field(
         default=0.0, ge=0, description="a batch also fills while the one before is drawn"
     )
@@ -154,11 +160,18 @@ class ServeSettings(BaseSettings):
             )
         if self.student is not None and self.base == POCKET:
             raise ValueError(f"'{POCKET}' names the shipped pair: give yours another name (`base`)")
+        if self.batch_sizes and max(self.padded_sizes) != self.max_batch:
+            raise ValueError("the largest of `batch_sizes` must be `max_batch`")
         if self.max_n > self.max_queue:
             raise ValueError("`max_n` must not be over `max_queue`")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError("`max_replicas` must not be under `replicas`")
         return self
+
+    @property
+    def padded_sizes(self) -> tuple[int, ...]:
+        """`batch_sizes` as numbers."""
+        return tuple(sorted({int(part) for part in self.batch_sizes.split(",") if part}))
 
     @property
     def local_only(self) -> bool:

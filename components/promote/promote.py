@@ -12,6 +12,7 @@ from components.register.registry import (
     RegisteredVersion,
     get_version,
     model_name,
+    set_alias,
 )
 from components.spec import GateSpec
 from model.errors import InputError
@@ -161,7 +162,7 @@ def rollback(concept_id: str, *, tracking_uri: str) -> Decision:
     target = _existing(concept_id, previous, tracking_uri)
     client = connect(tracking_uri)
     with reaching(tracking_uri):
-        client.set_registered_model_alias(target.name, CHAMPION, str(target.version))
+        set_alias(client, target.name, CHAMPION, target.version)
     reason = f"version {champion.version} was rolled back to version {target.version}"
     return Decision(True, (reason,), champion.version)
 
@@ -186,4 +187,4 @@ def _crown(candidate: RegisteredVersion, before: int | None, tracking_uri: str) 
             except Exception as error:
                 if code_of(error) not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-        client.set_registered_model_alias(name, CHAMPION, number)
+        set_alias(client, name, CHAMPION, number)

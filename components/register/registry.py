@@ -96,8 +96,22 @@ def register_adapter(
         else:
             kept = _new_version(client, tracking_uri, name, adapter, Path(adapter_dir), run_id)
             kept = _keep_lowest(client, kept, digest, kept.run_id if force else None)
-        client.set_registered_model_alias(name, CANDIDATE, str(kept.version))
+        set_alias(client, name, CANDIDATE, kept.version)
     return kept
+
+
+def set_alias(client: Any, name: str, alias: str, version: int | str) -> None:
+    """Point a model's alias to a version, whoever else points it somewhere meanwhile.
+
+    Of two that make a new alias at once MLflow's database refuses one, as a bad request. Asked
+    again it finds the alias there and moves it; what is wrong is refused again.
+    """
+    try:
+        client.set_registered_model_alias(name, alias, str(version))
+    except Exception as error:
+        if code_of(error) != "BAD_REQUEST":
+            raise
+        client.set_registered_model_alias(name, alias, str(version))
 
 
 def _own_digest(adapter: Adapter, concept: Concept, folder: Path) -> str:

@@ -1,9 +1,9 @@
 """CUDA graphs: the frozen networks' work of an iteration, recorded once and replayed from then on.
 
 A GPU that is given thousands of small kernels one by one waits for the program most of the time.
-A recording is started as a whole. What is trained stays outside, with its engines: keys and values
-go in, their gradients come out and are handed to the engine's own backward pass. Losses, features
-and gradients of a pass are copied out, so any number of passes may follow one another.
+A recording is started as a whole. What is trained stays outside, with its engines: token rows, keys
+and values go in, their gradients come out and are handed to the engine's own backward pass. Losses,
+features and gradients of a pass are copied out, so any number of passes may follow one another.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from model.iteration import (
 )
 from model.packing import per_row
 from model.settings import LossSettings
+from model.text import Prompts, encode
 
 Tensors = tuple[torch.Tensor, ...]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
@@ -71,6 +72,8 @@ class RecordedItems:
         self._frozen, self._heads, self._settings = frozen, heads, settings
         self._names: tuple[str, ...] = ()
         self._batch: Batch | None = None
+        self._read = _Recorded(self._text_states, record)
+        self._read_back = _Recorded(self._row_gradient, record)
         self._teach = _Recorded(self._taught, record)
         self._distil = _Recorded(self._distilled, record)
         self._look = _Recorded(self._looked, record)
@@ -82,7 +85,10 @@ class RecordedItems:
 
     def teacher_loss(self, teacher: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Do as `model.iteration.teacher_loss`."""
-        text_states, kv = teacher(self._frozen.pair.text_encoder, batch.prompts, batch.concept)
+        encoder = self._frozen.pair.text_encoder
+        rows = per_row(teacher.rows, batch.concept)
+        read = _Read.apply(rows, batch.prompts.to(rows.device), self._read, self._read_back)
+        text_states, kv = teacher(encoder, None, batch.concept, read)
         loss, gradient = self._teach(kv, *self._tensors(batch))
         return _Handed.apply(loss, kv, gradient, batch.concept), text_states.detach()
 
@@ -103,6 +109,19 @@ class RecordedItems:
         if batch.known is not None:
             return batch
         return replace(batch, known=(batch.noise, self._look(batch.images)))
+
+    @torch.no_grad()
+    def _text_states(self, rows: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> Tensors:
+        return (encode(self._frozen.pair.text_encoder, Prompts(ids, slots), rows),)
+
+    def _row_gradient(
+        self, gradient: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
+    ) -> Tensors:
+        # Encoded once more: it is a hundredth of an iteration, and a recording of its own.
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            states = encode(self._frozen.pair.text_encoder, Prompts(ids, slots), rows)
+        return torch.autograd.grad(states, rows, gradient)
 
     def _taught(self, kv: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
         kv = kv.detach().requires_grad_()
@@ -175,6 +194,26 @@ class _Recorded:
 
     def _run(self) -> None:
         self._outputs = self._function(*self._inputs)
+
+
+class _Read(torch.autograd.Function):
+    """The text states [R, L, d] of prompts with rows [R, K, d], with gradient to the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, prompts: Prompts, read: _Recorded, back: _Recorded
+    ) -> torch.Tensor:
+        (states,) = read(rows, prompts.ids, prompts.slots)
+        if not back.done:  # the backward pass is no place to record in
+            back(torch.zeros_like(states), rows, prompts.ids, prompts.slots)
+        ctx.save_for_backward(rows, prompts.ids, prompts.slots)
+        ctx.back = back
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.back(grads[0], *ctx.saved_tensors)
+        return gradient, None, None, None
 
 
 class _Handed(torch.autograd.Function):

@@ -221,6 +221,7 @@ class Sweep:
         with self._runner(frozen, configuration) as runner:
             runner.run(self.options.iterations)
             entry["first_seconds"] = round(time.monotonic() - began, 1)
+            self.say(f"{configuration.name}: first iterations {entry['first_seconds']:.0f} s")
             entry["losses"] = runner.meter.losses()
             self._compare_losses(configuration, entry)
             measure.reset_peak(self.device)

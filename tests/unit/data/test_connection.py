@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
 
 from components.register.connection import connect, reaching
+from components.register.registry import set_alias
 from model.errors import EchoDistillError, InputError
 
 
@@ -57,3 +60,30 @@ def test_a_full_disk_is_said_so_whoever_met_it() -> None:
     full = pytest.raises(EchoDistillError, match="no space left on the disk while writing the MLfl")
     with full, reaching("sqlite:///x.db"):
         raise sqlite3.OperationalError("database or disk is full")
+
+
+class Refusing:
+    """An MLflow client whose server refuses the first requests."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = list(codes)
+        self.set: list[tuple[str, str, str]] = []
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        if self.codes:
+            raise MlflowException("UNIQUE constraint failed", error_code=self.codes.pop(0))
+        self.set.append((name, alias, version))
+
+
+def test_an_alias_that_another_makes_at_the_same_time_is_set_all_the_same() -> None:
+    client = Refusing(BAD_REQUEST)
+    set_alias(client, "echodistill.dog", "candidate", 2)
+    assert client.set == [("echodistill.dog", "candidate", "2")]
+
+
+@pytest.mark.parametrize("codes", [(BAD_REQUEST, BAD_REQUEST), (RESOURCE_DOES_NOT_EXIST,)])
+def test_an_alias_that_is_refused_for_another_reason_is_not_set(codes: tuple[int, ...]) -> None:
+    client = Refusing(*codes)
+    with pytest.raises(MlflowException):
+        set_alias(client, "echodistill.dog", "candidate", 2)
+    assert not client.set

@@ -21,12 +21,8 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_rewritten_networks_train_as_before(
-    own: Frozen,
-    frozen: Frozen,
-    concepts: tuple[ConceptData, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    own: Frozen, frozen: Frozen, concepts: tuple[ConceptData, ...]
 ) -> None:
-    monkeypatch.setattr(rewriting, "_LARGE", 0)  # tiny pictures are normalised by channels too
     rewrite(own)
     use_channels_last(own)
     layers = [layer for unet in (own.pair.teacher, own.pair.vae) for layer in unet.modules()]
@@ -41,8 +37,7 @@ def test_rewritten_networks_train_as_before(
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_group_norm_by_channels_is_torchs(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting, "_LARGE", 0)
+def test_group_norm_by_channels_is_torchs(last: bool) -> None:
     norm = nn.GroupNorm(4, 12, eps=1e-6).requires_grad_(False).double()
     norm.weight.copy_(randn(12, seed=1))
     norm.bias.copy_(randn(12, seed=2))

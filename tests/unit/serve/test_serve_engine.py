@@ -16,6 +16,7 @@ from model.sampler import draw
 from serve.engine import COMPILED_SIZES, DrawError, Engine, PictureRequest
 from serve.fast import Speed, quicken
 from serve.replica import sizes_to_prepare
+from serve.settings import load_settings
 from tests.tiny import build_tiny_pair
 from tests.unit.serve.world import write_adapter
 
@@ -149,20 +150,22 @@ def test_warming_draws_a_batch_of_every_size(tiny_pair: BasePair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "max_batch", "device", "sizes"),
+    ("speed", "max_batch", "given", "device", "sizes"),
     [
-        ("eager", 8, "cuda", None),
-        ("compile", 8, "cpu", None),
-        ("compile", 1, "cuda", (1,)),
-        ("compile", 9, "cuda", (1, 2, 4, 8, 16)),
-        ("compile", 256, "cuda", COMPILED_SIZES),
-        ("graphs", 8, "cuda", (1, 2, 4, 5, 6, 8)),
+        ("eager", 8, "", "cuda", None),
+        ("compile", 8, "1,8", "cpu", None),
+        ("compile", 1, "", "cuda", (1,)),
+        ("compile", 9, "", "cuda", (1, 2, 4, 8, 16)),
+        ("compile", 256, "", "cuda", COMPILED_SIZES),
+        ("compile", 32, "32,1,8,8", "cuda", (1, 8, 32)),
+        ("graphs", 8, "", "cuda", (1, 2, 4, 5, 6, 8)),
     ],
 )
 def test_sizes_that_a_replica_prepares(
-    speed: Speed, max_batch: int, device: str, sizes: tuple[int, ...] | None
+    speed: Speed, max_batch: int, given: str, device: str, sizes: tuple[int, ...] | None
 ) -> None:
-    assert sizes_to_prepare(speed, max_batch, device) == sizes
+    settings = load_settings(speed=speed, max_batch=max_batch, max_n=1, batch_sizes=given)
+    assert sizes_to_prepare(settings, device) == sizes
 
 
 def test_where_there_is_no_gpu_a_fast_pair_draws_the_same(

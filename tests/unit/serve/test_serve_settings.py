@@ -53,6 +53,8 @@ def test_arguments_win_over_environment(monkeypatch: pytest.MonkeyPatch) -> None
         ({"prewarm": "../x"}, "'prewarm'"),
         ({"safety_checker": "os.system"}, "'safety_checker'"),
         ({"speed": "warp"}, "'speed'"),
+        ({"batch_sizes": "1;8"}, "'batch_sizes'"),
+        ({"batch_sizes": "1,16"}, "`max_batch`"),
     ],
 )
 def test_wrong_settings_are_one_sentence(given: dict[str, object], message: str) -> None:
