@@ -41,7 +41,9 @@ def bench_http(
             for.
     """
     from pipeline.services import local_ray
+    from serve.endpoint import prepare_environment
 
+    prepare_environment()
     torch.compiler.reset()  # what the engine compiled and captured: the endpoint needs the memory
     release(torch.device(document["device"]))
     progress(Event("bench", "endpoint", "starting Ray"))

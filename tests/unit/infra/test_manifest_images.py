@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.endpoint import RAY_ENVIRONMENT
 from tests.manifests.rendered import INFRA, images
 
 REPOSITORY = INFRA.parent
@@ -163,3 +164,11 @@ def test_the_bill_of_materials_is_whole() -> None:
     assert found["ray"]["purl"] == f"pkg:pypi/ray@{found['ray']['version']}"
     assert {"torch", "mlflow", "deepspeed", "prometheus-client"} <= set(found)
     assert len({item["bom-ref"] for item in made["components"]}) == len(made["components"])
+
+
+def test_the_endpoint_tells_ray_the_same_in_its_image_as_elsewhere() -> None:
+    steps = _instructions(DOCKER / "serve.Dockerfile")
+    told = dict(
+        pair.split("=", 1) for word, rest in steps if word == "ENV" for pair in rest.split()
+    )
+    assert told.items() >= RAY_ENVIRONMENT.items()
