@@ -187,6 +187,9 @@ def answered_with(
     both = pair.denoise(pair.teacher, torch.cat([z_t, z_t]), torch.cat([t, t]), kv)
     uncond, cond = both.chunk(2)
     z_target = schedule.x0(uncond + settings.guidance * (cond - uncond), z_t, t)
+    if settings.guidance_rescale:
+        calm = _with_colours_of(schedule.x0(cond, z_t, t), z_target)
+        z_target = z_target.lerp(calm, settings.guidance_rescale)
     subject = _subject(cond - uncond, pair.resolution) if settings.masked_id else None
     return Target(z_target, pair.decode(z_target), schedule.weight(t), subject)
 
@@ -283,6 +286,13 @@ def _perceptual_loss(
         return SWD_FACTOR * target.weight * distance
     backbone = (*frozen.backbones, frozen.identity)[0]
     return target.weight * losses.lpips(mine(backbone).layers, theirs(backbone).layers)
+
+
+def _with_colours_of(plain: torch.Tensor, guided: torch.Tensor) -> torch.Tensor:
+    """Give guided latents [R, c, h, w] the mean and the spread of plain ones, in every channel."""
+    spread, mean = torch.var_mean(plain, dim=(2, 3), keepdim=True)
+    own_spread, own_mean = torch.var_mean(guided, dim=(2, 3), keepdim=True)
+    return mean + (guided - own_mean) * (spread / own_spread.clamp_min(1e-6)).sqrt()
 
 
 def _subject(guidance: torch.Tensor, size: int) -> torch.Tensor:

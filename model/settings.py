@@ -53,6 +53,9 @@ class LossSettings:
             the teacher's guidance acts, which keeps the references' background out of the
             identity. Ours, off by default.
         guidance: classifier-free guidance scale of the alignment target.
+        guidance_rescale: how far the target's channels get back the mean and the spread that the
+            teacher's answer has without guidance, which pushes colours to extremes: 0 as METHOD.md
+            has it, 1 wholly (after Lin et al., arXiv 2305.08891, 3.4, who keep the spread alone).
         align_min_t: smallest `t'` of the alignment target.
         align_max_t: largest `t'` of the alignment target.
     """
@@ -69,6 +72,7 @@ class LossSettings:
     swd_bins: int | None = None
     masked_id: bool = False
     guidance: float = 7.5
+    guidance_rescale: float = 0.0
     align_min_t: int = 0
     align_max_t: int = 999
 
@@ -77,6 +81,7 @@ class LossSettings:
         weights = ("rec_weight", "mse_weight", "id_weight", "perc_weight", "adv_weight")
         _check(self, 0, 1e6, *weights)
         _check(self, 0, 100, "guidance")
+        _check(self, 0, 1, "guidance_rescale")
         _check(self, 1, 4096, "swd_directions")
         if self.swd_bins is not None:
             _check(self, 16, 65536, "swd_bins")

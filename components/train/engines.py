@@ -149,8 +149,9 @@ def clip_per_concept(engine: Any, clip_norm: float) -> torch.Tensor:
     scale = torch.where(finite, (clip_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         shape = (-1, *[1] * (gradient.dim() - 1))
-        clipped = torch.where(finite.view(shape), gradient, 0.0) * scale.view(shape)
-        _write_gradient(parameter, clipped)
+        # In place, as a pack's gradients take gigabytes; without ZeRO they are the parameter's own.
+        gradient.mul_(scale.view(shape)).masked_fill_(~finite.view(shape), 0.0)
+        _write_gradient(parameter, gradient)
     return norms
 
 

@@ -168,6 +168,14 @@ class NaiveLoop:
         )
         uncond, cond = both.chunk(2)
         z_target = schedule.x0(uncond + self.spec.loss.guidance * (cond - uncond), z_t, t)
+        share = self.spec.loss.guidance_rescale
+        if share:
+            plain = schedule.x0(cond, z_t, t)
+            for row in range(len(plain)):
+                for channel in range(plain.shape[1]):
+                    guided, like = z_target[row, channel], plain[row, channel]
+                    calm = (guided - guided.mean()) / guided.std() * like.std() + like.mean()
+                    z_target[row, channel] = (1 - share) * guided + share * calm
         return Pictures(z_target, pair.decode(z_target))
 
     def student_loss(

@@ -97,6 +97,27 @@ def test_guidance_changes_the_target(frozen: Frozen, concepts: tuple[ConceptData
     assert not torch.allclose(targets[0], targets[1], atol=1e-3)
 
 
+def test_guidance_may_leave_the_targets_colours_alone(
+    frozen: Frozen, concepts: tuple[ConceptData, ...]
+) -> None:
+    own, batch = trained(frozen, concepts), draw(frozen.pair, concepts)
+    _, states = teacher_loss(frozen, own.teacher, batch, LOSS)
+    drawn = student_draw(frozen, own.student, states, batch)
+
+    def latents(guidance: float, share: float) -> torch.Tensor:
+        settings = LossSettings(guidance=guidance, guidance_rescale=share)
+        return alignment_target(frozen, own.teacher, states, drawn, batch, settings).latents
+
+    plain, guided, half, calm = latents(1, 0), latents(9, 0), latents(9, 0.5), latents(9, 1)
+    for statistic in (torch.mean, torch.std):
+        wanted = statistic(plain, dim=(2, 3))
+        assert torch.allclose(statistic(calm, dim=(2, 3)), wanted, atol=1e-4)
+        assert not torch.allclose(statistic(guided, dim=(2, 3)), wanted, atol=1e-2)
+    assert torch.allclose(half, (guided + calm) / 2, atol=1e-5)
+    shapes = torch.stack([calm[0, 0].flatten(), guided[0, 0].flatten()])
+    assert torch.corrcoef(shapes)[0, 1] > 0.9999  # what is drawn stays
+
+
 def test_a_shared_backbone_sees_the_students_pictures_once(
     frozen: Frozen, concepts: tuple[ConceptData, ...]
 ) -> None:
