@@ -364,6 +364,7 @@ class _Bench:
         if row["batch"] == self.largest and row["images_per_s"] > fastest:
             self.document |= {
                 "images_per_s": row["images_per_s"],
+                "fastest": row["speed"],
                 "mixed_over_single": row["mixed_over_single"],
             }
 
@@ -395,6 +396,7 @@ def _header(settings: ServeBenchSettings, device: torch.device, dtype: str) -> d
         "encoders": ENCODERS,
         "channels_last": settings.channels_last,
         "images_per_s": None,
+        "fastest": None,
         "mixed_over_single": None,
         "plain_diffusers_images_per_s": None,
         "over_plain_diffusers": None,

@@ -88,7 +88,7 @@ def _start(
     own: dict[str, Any] = {}
     if settings.base != "pocket":
         own = {"base": served.pair.name, "student": served.student}
-    speed, *switches = _fastest(document).split(":")
+    speed, *switches = str(document["fastest"]).split(":")
     progress(Event("bench", "endpoint", f"starting ({speed}; half a minute, compiled: minutes)"))
     return start(
         load_settings(
@@ -107,12 +107,6 @@ def _start(
             max_queue=max(256, 2 * max(settings.clients)),
         )
     )
-
-
-def _fastest(document: dict[str, Any]) -> str:
-    """Name the engine's best way at the largest batch; its `images_per_s` are the document's."""
-    rows = [row for row in document["engine"] if row["images_per_s"] == document["images_per_s"]]
-    return str(rows[0]["speed"])
 
 
 def _register(served: parts.ServedBase, settings: ServeBenchSettings, work: Path, uri: str) -> None:

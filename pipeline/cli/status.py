@@ -128,6 +128,9 @@ def show(output: Output, found: BatchStatus, job: str | None = None) -> None:
         elif found.over and found.state != "done":
             again = f"echodistill retry {found.batch.uri}   # goes on where it was"
             console.print(again, markup=False, soft_wrap=True)
+        elif found.state == "queued":
+            why = f"echodistill logs --batch {found.batch.uri}   # if it stays so: why"
+            console.print(why, markup=False, soft_wrap=True)
         if found.error:
             console.print(f"error: {found.error}", markup=False, soft_wrap=True)
 

@@ -50,3 +50,11 @@ def test_a_batch_is_watched_until_it_is_over(
     assert ("queued" in said) is (how == "terminal")  # which shows it while it goes on
     row = [line.split() for line in said.splitlines() if line.startswith("a ")][-1]
     assert row == ["a", "trained", "9/9", "rec", "0.5", "mse", "0.25", "7", "node-7", "3"]
+
+
+def test_a_batch_that_nothing_has_begun_says_where_to_look(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    batch = planned(tmp_path, "a")
+    assert main.run(["status", batch.uri], Output()) == 1  # one concept is not valid
+    assert f"echodistill logs --batch {batch.uri} " in capfd.readouterr().out
