@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import Transformer2DModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -27,6 +28,7 @@ _BLOCKS: tuple[type[nn.Module], ...] = (
     Transformer2DModel,
     NormAndActivation,
     MergedUpsampling,
+    Attention,  # the VAE's; a UNet's are inside its transformers
     CLIPEncoderLayer,
     Dinov2Layer,
     ViTLayer,
@@ -90,15 +92,21 @@ def compile_blocks(frozen: Frozen, backend: str = "inductor") -> None:
     pair, backbones = frozen.pair, {*frozen.backbones, frozen.identity}
     networks = [pair.teacher, pair.student, pair.vae, pair.text_encoder]
     networks += [each.network for each in backbones]
-    forwards = {
-        kind: torch.compile(kind.forward, backend=backend, dynamic=False) for kind in _BLOCKS
-    }
+    compiled: dict[Any, Any] = {}
+
+    def compile_in(module: nn.Module) -> None:
+        for block in module.children():
+            if type(block) not in _BLOCKS:
+                compile_in(block)
+                continue
+            function: Any = block.forward.__func__  # type: ignore[attr-defined]
+            if function not in compiled:
+                compiled[function] = torch.compile(function, backend=backend, dynamic=False)
+            # A method, so that a copy of the block calls it with itself.
+            block.forward = MethodType(compiled[function], block)  # type: ignore[method-assign]
+
     for network in networks:
-        for block in network.modules():
-            if type(block) in forwards:
-                # A method, so that a copy of the block calls it with itself.
-                forward = MethodType(forwards[type(block)], block)
-                block.forward = forward  # type: ignore[method-assign]
+        compile_in(network)
 
 
 def _channels_last_output(

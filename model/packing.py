@@ -44,7 +44,11 @@ def grouped_linear(
         return F.linear(x, weight[0], None if bias is None else bias[0])
     block = block_size(concept, n)
     if block is not None:
-        y = torch.bmm(x.reshape(n, -1, d), weight.transpose(1, 2))
+        flat = x.reshape(n, -1, d)
+        if weight.numel() > flat.numel():  # so that its gradient comes out as it lies in memory
+            y = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2)
+        else:
+            y = torch.bmm(flat, weight.transpose(1, 2))
         return (y if bias is None else y + bias.unsqueeze(1)).reshape(shape)
     groups = [(c, (concept == c).nonzero().flatten()) for c in concept.unique().tolist()]
     parts = [

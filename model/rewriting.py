@@ -8,11 +8,14 @@ from types import MethodType
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
+from model.compiling import table
 from model.iteration import Frozen
 
 
@@ -21,10 +24,13 @@ def rewrite(frozen: Frozen) -> None:
     pair = frozen.pair
     for network in (pair.teacher, pair.student, pair.vae):
         _merge_upsampling(network)
+        _split_gates(network)
         for layer in network.modules():
+            # Methods, so that a copy of the layer calls them with itself.
             if isinstance(layer, nn.GroupNorm):
-                # A method, so that a copy of the layer calls it with itself.
                 layer.forward = MethodType(_group_norm, layer)  # type: ignore[method-assign]
+            elif _is_plain_block(layer):
+                layer.forward = MethodType(_residual_block, layer)  # type: ignore[method-assign]
     for network in (pair.teacher, pair.student, pair.vae.encoder, pair.vae.decoder):
         _join_last_activation(network)
     # Its one head is wider than fast attention takes: what torch has for it is slow backward.
@@ -71,6 +77,38 @@ class MergedUpsampling(nn.Module):
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
+class SplitGEGLU(nn.Module):
+    """A product gated by another: two layers, whose gradients need not be put together."""
+
+    def __init__(self, joined: GEGLU) -> None:
+        """Take the two out of diffusers' one; their weights stay where they are."""
+        super().__init__()
+        self.value, self.gate = (
+            _linear(weight, bias)
+            for weight, bias in zip(
+                joined.proj.weight.chunk(2), joined.proj.bias.chunk(2), strict=True
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute [..., w] of [..., c]."""
+        return self.value(x) * F.gelu(self.gate(x))
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _split_gates(network: nn.Module) -> None:
+    for block in list(network.modules()):
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, GEGLU) and layer.proj.bias is not None:
+                setattr(block, name, SplitGEGLU(layer))
+
+
 def _merge_upsampling(network: nn.Module) -> None:
     for block in list(network.modules()):
         for name, layer in list(block.named_children()):
@@ -99,11 +137,41 @@ def _group_norm(self: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """
     if x.dim() != 4:
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-    spread, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)  # [R, C]
+    # Sums of distances from one of the pixels: a pass that runs at the speed of the memory.
+    pixel = x[:, :, :1, :1].detach().float()
+    first = (x.float() - pixel).mean(dim=(2, 3))  # [R, C]
+    second = (x.float() - pixel).square().mean(dim=(2, 3))
+    spread, mean = (second - first.square()).clamp_min(0), first + pixel[:, :, 0, 0]
+    spread, mean = table(torch.stack([spread, mean])).unbind(0)
     means = mean.unflatten(1, (self.num_groups, -1))
     centre = means.mean(dim=2, keepdim=True)
     within = spread.unflatten(1, (self.num_groups, -1)).mean(dim=2, keepdim=True)
     variance = within + (means - centre).square().mean(dim=2, keepdim=True)
     scale = (variance + self.eps).rsqrt().expand_as(means).flatten(1) * self.weight.float()
     shift = self.bias.float() - centre.expand_as(means).flatten(1) * scale
+    scale, shift = table(torch.stack([scale, shift])).unbind(0)
     return (x.float() * scale[..., None, None] + shift[..., None, None]).to(x.dtype)
+
+
+def _residual_block(
+    self: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute a plain block: [R, c, H, W] of [R, C, H, W] and time [R, T].
+
+    Without the division by a scale of 1, which is a pass of its own on the way back.
+    """
+    x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+    if self.time_emb_proj is not None:
+        x = x + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+    x = self.conv2(self.nonlinearity(self.norm2(x)))
+    return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + x
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    return isinstance(block, ResnetBlock2D) and (
+        block.upsample is block.downsample is None
+        and block.time_embedding_norm == "default"
+        and not block.skip_time_act
+        and block.dropout.p == 0
+        and block.output_scale_factor == 1
+    )

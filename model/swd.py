@@ -242,20 +242,25 @@ def _project_rows(image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     spread = image.new_zeros(rows, height, width - k + 1, channels)
     spread[..., : c * k] = image.unfold(3, k, 1).permute(0, 2, 3, 1, 4).flatten(3)
     seen = spread.permute(0, 3, 1, 2).unflatten(0, (n, -1))
-    out = [F.conv2d(x, w) for x, w in zip(seen, _channels_last(weights), strict=True)]
-    return torch.cat(out).permute(0, 2, 3, 1).reshape(rows, -1, p)
+    out = image.new_empty(rows, height - k + 1, width - k + 1, p)
+    parts = zip(out.unflatten(0, (n, -1)), seen, _channels_last(weights), strict=True)
+    for part, x, w in parts:  # plain copies: twice as fast as `cat` in this layout
+        part.copy_(F.conv2d(x, w).permute(0, 2, 3, 1))
+    return out.view(rows, -1, p)
 
 
 def _project_rows_back(
     values: torch.Tensor, weights: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
     """Apply the transpose of `_project_rows` to values [R, patches, P]: [R, 3, H, W] float32."""
-    n, p, _, k, _ = weights.shape
+    n, p, channels, k, _ = weights.shape
     height, width = size
     right = width - k + 1
     given = values.view(values.shape[0], -1, right, p).permute(0, 3, 1, 2).unflatten(0, (n, -1))
-    pairs = zip(given, _channels_last(weights), strict=True)
-    rows = torch.cat([F.conv_transpose2d(x, w) for x, w in pairs])
+    rows = values.new_empty(values.shape[0], height, right, channels).permute(0, 3, 1, 2)
+    parts = zip(rows.unflatten(0, (n, -1)), given, _channels_last(weights), strict=True)
+    for part, x, w in parts:
+        part.copy_(F.conv_transpose2d(x, w))
     rows = rows[:, : 3 * k].unflatten(1, (3, k)).float()
     image = rows.new_zeros(rows.shape[0], 3, height, width)
     for j in range(k):

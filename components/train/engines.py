@@ -89,6 +89,8 @@ def make_engine(
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": _wanted_stage(settings)},
+        # It would wait for the GPU twice a step, to print a speed that is never asked for.
+        "timers": {"throughput": {"enabled": False}},
     }
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     if settings.optimizer == "adamw":

@@ -4,7 +4,8 @@
     python3 tests/bench/ranks_on_gpu.py split --gpus 1,2 --stages 0,1,2,3
 
 Needs no installation of the project, no network, no Ray and no MLflow (README.md). One process a
-GPU; what is measured is written after every configuration. `beside` trains a pack on each GPU, all
+GPU; what is measured is written after every number of GPUs, and is not measured again when the same
+command comes with more of them. `beside` trains a pack on each GPU, all
 over the same time; `split` trains one concept, whose batch every GPU takes a part of, and holds its
 losses against those of one GPU. On a CPU (`--base sd-turbo-mini`) it shows that the script works.
 """
@@ -221,17 +222,28 @@ def main() -> int:
         child(options)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("out", "child")
-    }
-    document: Document = {"settings": settings, "rows": []}
+    path = options.out / f"{options.mode}.json"
+    document = _so_far(options, path)
     wanted = {"beside": 1, "split": len(options.stages) * len(options.checkpointing)}[options.mode]
     for count in options.gpus:
-        together(options, document, count)
-        (options.out / f"{options.mode}.json").write_text(json.dumps(document, indent=2) + "\n")
+        if count not in {row["gpus"] for row in document["rows"]}:
+            together(options, document, count)
+            path.write_text(json.dumps(document, indent=2) + "\n")
         print(table(document), flush=True)
-    whole = all("concepts_per_hour" in row or "stage" in row for row in document["rows"])
-    return 0 if whole and len(document["rows"]) == wanted * len(options.gpus) else 1
+    rows = [row for row in document["rows"] if row["gpus"] in options.gpus]
+    whole = all("concepts_per_hour" in row or "stage" in row for row in rows)
+    return 0 if whole and len(rows) == wanted * len(options.gpus) else 1
+
+
+def _so_far(options: argparse.Namespace, path: Path) -> Document:
+    """Give what is measured already with these settings, or an empty document."""
+    apart = ("out", "child", "gpus")
+    settings = {name: value for name, value in vars(options).items() if name not in apart}
+    if path.exists():
+        document: Document = json.loads(path.read_text())
+        if document["settings"] == settings:
+            return document
+    return {"settings": settings, "rows": []}
 
 
 def _parsed() -> argparse.Namespace:
