@@ -170,7 +170,8 @@ def _residual_block(
 def _is_plain_block(block: nn.Module) -> bool:
     return isinstance(block, ResnetBlock2D) and (
         block.upsample is block.downsample is None
-        and block.time_embedding_norm == "default"
+        # Any other name means the same to a block that sees no time (the decoder's say "group").
+        and (block.time_embedding_norm == "default" or block.time_emb_proj is None)
         and not block.skip_time_act
         and block.dropout.p == 0
         and block.output_scale_factor == 1

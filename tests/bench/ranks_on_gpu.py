@@ -4,10 +4,11 @@
     python3 tests/bench/ranks_on_gpu.py split --gpus 1,2 --stages 0,1,2,3
 
 Needs no installation of the project, no network, no Ray and no MLflow (README.md). One process a
-GPU; what is measured is written after every number of GPUs, and is not measured again when the same
-command comes with more of them. `beside` trains a pack on each GPU, all
-over the same time; `split` trains one concept, whose batch every GPU takes a part of, and holds its
-losses against those of one GPU. On a CPU (`--base sd-turbo-mini`) it shows that the script works.
+GPU; what is measured is written after every number of GPUs, and when the program is told to stop
+(SIGTERM); what is whole is not measured again by the same command. `beside` trains a pack on each
+GPU, all over the same time; `split` trains one concept, whose batch every GPU takes a part of, and
+holds its losses against those of one GPU. On a CPU (`--base sd-turbo-mini`) it shows that it
+works.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import argparse
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +46,7 @@ from pipeline.bench_bases import bench_spec, build_frozen
 from pipeline.bench_loops import EngineRunner, Photos
 
 Document = dict[str, Any]
+STOPPED = threading.Event()
 
 
 def beside(options: argparse.Namespace, device: torch.device, gather: Path) -> Document:
@@ -148,7 +152,7 @@ def processes(options: argparse.Namespace, count: int, gather: Path) -> Iterator
         started.append(subprocess.Popen(command, env={**os.environ, **environment}))
     try:
         yield
-        while any(each.poll() is None for each in started):
+        while any(each.poll() is None for each in started) and not STOPPED.is_set():
             time.sleep(0.2)
             if any(each.poll() for each in started):
                 break  # the others would wait for it for ever
@@ -222,17 +226,24 @@ def main() -> int:
         child(options)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: STOPPED.set())
     path = options.out / f"{options.mode}.json"
     document = _so_far(options, path)
-    wanted = {"beside": 1, "split": len(options.stages) * len(options.checkpointing)}[options.mode]
     for count in options.gpus:
-        if count not in {row["gpus"] for row in document["rows"]}:
+        if not _whole(options, document, count) and not STOPPED.is_set():
+            document["rows"] = [row for row in document["rows"] if row["gpus"] != count]
             together(options, document, count)
             path.write_text(json.dumps(document, indent=2) + "\n")
         print(table(document), flush=True)
-    rows = [row for row in document["rows"] if row["gpus"] in options.gpus]
-    whole = all("concepts_per_hour" in row or "stage" in row for row in rows)
-    return 0 if whole and len(rows) == wanted * len(options.gpus) else 1
+    return 0 if all(_whole(options, document, count) for count in options.gpus) else 1
+
+
+def _whole(options: argparse.Namespace, document: Document, count: int) -> bool:
+    """Tell whether all that is asked for so many GPUs is measured."""
+    rows = [row for row in document["rows"] if row["gpus"] == count]
+    if options.mode == "beside":
+        return any("concepts_per_hour" in row for row in rows)
+    return len(rows) == len(options.stages) * len(options.checkpointing)
 
 
 def _so_far(options: argparse.Namespace, path: Path) -> Document:
