@@ -47,6 +47,8 @@ from serve.safety import Checker, held_back
 from serve.store import AdapterStore
 
 log = logging.getLogger("echodistill.serve")
+
+NOT_TO_BE_HAD = "What this needs cannot be had just now; the endpoint's log says why. Try again."
 OWNER = "echodistill"
 T = TypeVar("T")
 
@@ -344,7 +346,9 @@ async def _or_refusal(answer: Awaitable[T]) -> T | ApiError:
     except BadVersionError as error:
         return server_error(str(error), 502)
     except ServiceError as error:
-        return busy(str(error), status=503, retry_after=5)
+        # Where the registry is, and what of the disk is full, is for the log and not for clients.
+        log.warning("%s", error)
+        return busy(NOT_TO_BE_HAD, status=503, retry_after=5)
     except EchoDistillError as error:
         return server_error(str(error))
 

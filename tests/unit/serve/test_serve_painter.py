@@ -122,6 +122,22 @@ def test_a_champion_that_moved_long_ago_is_waited_for(shelf: Shelf, tmp_path: Pa
     asyncio.run(use())
 
 
+def test_clients_are_not_told_where_the_registry_is(
+    shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = Registry("http://127.0.0.1:9")
+    engine = Engine(shelf.pair)
+    store = AdapterStore(
+        away, tmp_path, base_hash=shelf.pair.hash, memory_bytes=2**30, check=engine.check
+    )
+    pointers = Pointers(away, alias_seconds=0.0, registry_seconds=60.0)
+    painter = Painter(engine, store, pointers, alone(engine))
+    refused = asyncio.run(painter.paint(Order("rex", PROMPT, 1, 0, 1, None, "png")))
+    assert isinstance(refused, ApiError) and refused.status == 503 and refused.retry_after
+    assert "127.0.0.1" not in refused.message and "log" in refused.message
+    assert "http://127.0.0.1:9 did not answer" in caplog.text
+
+
 def test_champions_are_loaded_beforehand(shelf: Shelf, tmp_path: Path) -> None:
     for seed, concept in enumerate(("rex", "tom", "kit")):
         shelf.add(concept, seed)
