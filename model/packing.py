@@ -45,7 +45,7 @@ def grouped_linear(
     block = block_size(concept, n)
     if block is not None:
         flat = x.reshape(n, -1, d)
-        if weight.numel() > flat.numel():  # so that its gradient comes out as it lies in memory
+        if weight.numel() > flat.numel():  # so that the weight's gradient need not be turned around
             y = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2)
         else:
             y = torch.bmm(flat, weight.transpose(1, 2))

@@ -137,7 +137,8 @@ def _group_norm(self: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """
     if x.dim() != 4:
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-    # Sums of distances from one of the pixels: a pass that runs at the speed of the memory.
+    # Sums of distances from one of the pixels: a pass that runs at the speed of the memory. Which
+    # pixel makes no difference to the result, so none to its gradient.
     pixel = x[:, :, :1, :1].detach().float()
     first = (x.float() - pixel).mean(dim=(2, 3))  # [R, C]
     second = (x.float() - pixel).square().mean(dim=(2, 3))

@@ -129,11 +129,11 @@ class Painter:
 
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
-        return await _or_refusal(self._paint(order))
+        return await _or_refusal(self._paint(order), str(order.model))
 
     async def models(self, shown: Shown) -> ModelList | ApiError:
         """A page of the base and every concept with a champion that the key may know of."""
-        listed = await _or_refusal(self._in_loader(self._pointers.concepts))
+        listed = await _or_refusal(self._in_loader(self._pointers.concepts), "models")
         if isinstance(listed, ApiError):
             return listed
         cards = []
@@ -161,11 +161,11 @@ class Painter:
 
     async def concept(self, concept: str) -> ConceptCard | ApiError:
         """What there is to know of a concept, or why there is nothing."""
-        return await _or_refusal(self._card(concept))
+        return await _or_refusal(self._card(concept), concept)
 
     async def preview(self, concept: str) -> bytes | ApiError:
         """The PNG that came with a concept's champion, or why there is none."""
-        return await _or_refusal(self._preview(concept))
+        return await _or_refusal(self._preview(concept), concept)
 
     async def health(self, max_age: float) -> dict[str, Any]:
         """What `/healthz` tells, with a picture at most `max_age` seconds old as its proof.
@@ -338,7 +338,7 @@ class Painter:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, call, *args)
 
 
-async def _or_refusal(answer: Awaitable[T]) -> T | ApiError:
+async def _or_refusal(answer: Awaitable[T], asked: str) -> T | ApiError:
     try:
         return await answer
     except ApiError as error:
@@ -347,7 +347,7 @@ async def _or_refusal(answer: Awaitable[T]) -> T | ApiError:
         return server_error(str(error), 502)
     except ServiceError as error:
         # Where the registry is, and what of the disk is full, is for the log and not for clients.
-        log.warning("%s", error)
+        log.warning("asked for %r: %s", asked, error)
         return busy(NOT_TO_BE_HAD, status=503, retry_after=5)
     except EchoDistillError as error:
         return server_error(str(error))

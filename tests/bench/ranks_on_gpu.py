@@ -4,11 +4,11 @@
     python3 tests/bench/ranks_on_gpu.py split --gpus 1,2 --stages 0,1,2,3
 
 Needs no installation of the project, no network, no Ray and no MLflow (README.md). One process a
-GPU; what is measured is written after every number of GPUs, and when the program is told to stop
-(SIGTERM); what is whole is not measured again by the same command. `beside` trains a pack on each
-GPU, all over the same time; `split` trains one concept, whose batch every GPU takes a part of, and
-holds its losses against those of one GPU. On a CPU (`--base sd-turbo-mini`) it shows that it
-works.
+GPU. Results are written after every number of GPUs, and when the program is told to stop (SIGTERM).
+Run again with the same settings, it skips the numbers of GPUs that are complete. `beside` trains a
+pack on each GPU, all over the same time; `split` trains one concept, whose batch every GPU takes a
+part of, and holds its losses against those of one GPU. On a CPU (`--base sd-turbo-mini`) it shows
+that it works.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def processes(options: argparse.Namespace, count: int, gather: Path) -> Iterator
             "MASTER_PORT": str(port if joined else port + place),
         }
         command = [sys.executable, __file__, *sys.argv[1:], "--child", "--out", str(gather)]
-        command += ["--batch", str(options.batch or max(2, *options.gpus))]
+        command += ["--batch", str(options.batch)]
         started.append(subprocess.Popen(command, env={**os.environ, **environment}))
     try:
         yield
@@ -176,27 +176,34 @@ def together(options: argparse.Namespace, document: Document, count: int) -> Non
     parts = measured(options, count)
     rows = document["rows"]
     if options.mode == "beside":
-        alone = next((row for row in rows if row["gpus"] == 1), None)
         each = [part[0] for part in parts if part]
         row: Document = {"gpus": count, "processes": each}
         if len(each) == count:
             row["concepts_per_hour"] = round(sum(3600 / one["ms"] for one in each), 2)
-            first = row if count == 1 else alone
-            if first is not None:
-                row["over_one"] = round(row["concepts_per_hour"] / first["concepts_per_hour"], 3)
         rows.append(row)
-        return
-    for found in parts[0] if parts else []:
-        row = {"gpus": count, **found}
-        key = (0, found["checkpointing"])
-        first = next((r for r in rows if (r["stage"], r["checkpointing"]) == key), None)
-        if first is not None:
-            row["speedup"] = round(first["ms"] / row["ms"], 3)
+    else:
+        rows += [{"gpus": count, **found} for found in (parts[0] if parts else [])]
+    rows.sort(key=lambda row: row["gpus"])
+    compare(rows)
+
+
+def compare(rows: list[Document]) -> None:
+    """Hold every row against one GPU's, at stage 0 and the same checkpointing (`split`), if any."""
+    single = [row for row in rows if row["gpus"] == 1]
+    for row in rows:
+        if "processes" in row:
+            alone = next((one for one in single if "concepts_per_hour" in one), None)
+            if alone is not None and "concepts_per_hour" in row:
+                row["over_one"] = round(row["concepts_per_hour"] / alone["concepts_per_hour"], 3)
+            continue
+        key = (0, row["checkpointing"])
+        alone = next((one for one in single if (one["stage"], one["checkpointing"]) == key), None)
+        if alone is not None:
+            row["speedup"] = round(alone["ms"] / row["ms"], 3)
             row["loss_error"] = max(
                 abs(row["losses"][name] - value) / max(abs(value), 1e-3)
-                for name, value in first["losses"].items()
+                for name, value in alone["losses"].items()
             )
-        rows.append(row)
 
 
 def table(document: Document) -> str:
@@ -250,11 +257,12 @@ def _so_far(options: argparse.Namespace, path: Path) -> Document:
     """Give what is measured already with these settings, or an empty document."""
     apart = ("out", "child", "gpus")
     settings = {name: value for name, value in vars(options).items() if name not in apart}
-    if path.exists():
-        document: Document = json.loads(path.read_text())
-        if document["settings"] == settings:
-            return document
-    return {"settings": settings, "rows": []}
+    if not path.exists():
+        return {"settings": settings, "rows": []}
+    document: Document = json.loads(path.read_text())
+    if document["settings"] != settings:
+        sys.exit(f"{path} was measured with other settings: give another --out")
+    return document
 
 
 def _parsed() -> argparse.Namespace:
@@ -279,7 +287,9 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="of split; the most GPUs, and at least 2")
     parser.add_argument("--out", type=Path, default=Path("runs/ranks"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.batch = options.batch or max(2, *options.gpus)
+    return options
 
 
 if __name__ == "__main__":
