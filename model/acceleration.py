@@ -99,6 +99,7 @@ def compile_blocks(frozen: Frozen, backend: str = "inductor") -> None:
             if type(block) not in _BLOCKS:
                 compile_in(block)
                 continue
+            # Of a bound method, which torch types as any callable.
             function: Any = block.forward.__func__  # type: ignore[attr-defined]
             if function not in compiled:
                 compiled[function] = torch.compile(function, backend=backend, dynamic=False)

@@ -23,8 +23,7 @@ def rewrite(frozen: Frozen) -> None:
     """Rewrite the UNets and the VAE in place; what is rewritten already stays so."""
     pair = frozen.pair
     for network in (pair.teacher, pair.student, pair.vae):
-        _merge_upsampling(network)
-        _split_gates(network)
+        _replace_layers(network)
         for layer in network.modules():
             # Methods, so that a copy of the layer calls them with itself.
             if isinstance(layer, nn.GroupNorm):
@@ -83,12 +82,8 @@ class SplitGEGLU(nn.Module):
     def __init__(self, joined: GEGLU) -> None:
         """Take the two out of diffusers' one; their weights stay where they are."""
         super().__init__()
-        self.value, self.gate = (
-            _linear(weight, bias)
-            for weight, bias in zip(
-                joined.proj.weight.chunk(2), joined.proj.bias.chunk(2), strict=True
-            )
-        )
+        weights, biases = joined.proj.weight.chunk(2), joined.proj.bias.chunk(2)
+        self.value, self.gate = map(_linear, weights, biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute [..., w] of [..., c]."""
@@ -102,18 +97,13 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def _split_gates(network: nn.Module) -> None:
-    for block in list(network.modules()):
-        for name, layer in list(block.named_children()):
-            if isinstance(layer, GEGLU) and layer.proj.bias is not None:
-                setattr(block, name, SplitGEGLU(layer))
-
-
-def _merge_upsampling(network: nn.Module) -> None:
+def _replace_layers(network: nn.Module) -> None:
     for block in list(network.modules()):
         for name, layer in list(block.named_children()):
             if isinstance(layer, Upsample2D) and _is_plain(layer):
                 setattr(block, name, MergedUpsampling(layer.conv))
+            elif isinstance(layer, GEGLU) and layer.proj.bias is not None:
+                setattr(block, name, SplitGEGLU(layer))
 
 
 def _is_plain(layer: Upsample2D) -> bool:
@@ -140,8 +130,8 @@ def _group_norm(self: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     # Sums of distances from one of the pixels: a pass that runs at the speed of the memory. Which
     # pixel makes no difference to the result, so none to its gradient.
     pixel = x[:, :, :1, :1].detach().float()
-    first = (x.float() - pixel).mean(dim=(2, 3))  # [R, C]
-    second = (x.float() - pixel).square().mean(dim=(2, 3))
+    apart = x.float() - pixel
+    first, second = apart.mean(dim=(2, 3)), apart.square().mean(dim=(2, 3))  # [R, C] each
     spread, mean = (second - first.square()).clamp_min(0), first + pixel[:, :, 0, 0]
     spread, mean = table(torch.stack([spread, mean])).unbind(0)
     means = mean.unflatten(1, (self.num_groups, -1))

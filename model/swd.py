@@ -237,30 +237,24 @@ def _project_rows(image: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     A place's row of k pixels becomes its channels first, so that what is left to the convolution is
     a column of k, over channels enough for a GPU's matrix units.
     """
-    n, p, channels, k, _ = weights.shape
+    _, p, channels, k, _ = weights.shape
     rows, c, height, width = image.shape
     spread = image.new_zeros(rows, height, width - k + 1, channels)
     spread[..., : c * k] = image.unfold(3, k, 1).permute(0, 2, 3, 1, 4).flatten(3)
-    seen = spread.permute(0, 3, 1, 2).unflatten(0, (n, -1))
-    out = image.new_empty(rows, height - k + 1, width - k + 1, p)
-    parts = zip(out.unflatten(0, (n, -1)), seen, _channels_last(weights), strict=True)
-    for part, x, w in parts:  # plain copies: twice as fast as `cat` in this layout
-        part.copy_(F.conv2d(x, w).permute(0, 2, 3, 1))
-    return out.view(rows, -1, p)
+    seen = spread.permute(0, 3, 1, 2)
+    out = _by_concept(F.conv2d, seen, weights, (p, height - k + 1, width - k + 1))
+    return out.permute(0, 2, 3, 1).view(rows, -1, p)
 
 
 def _project_rows_back(
     values: torch.Tensor, weights: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
     """Apply the transpose of `_project_rows` to values [R, patches, P]: [R, 3, H, W] float32."""
-    n, p, channels, k, _ = weights.shape
+    _, p, channels, k, _ = weights.shape
     height, width = size
     right = width - k + 1
-    given = values.view(values.shape[0], -1, right, p).permute(0, 3, 1, 2).unflatten(0, (n, -1))
-    rows = values.new_empty(values.shape[0], height, right, channels).permute(0, 3, 1, 2)
-    parts = zip(rows.unflatten(0, (n, -1)), given, _channels_last(weights), strict=True)
-    for part, x, w in parts:
-        part.copy_(F.conv_transpose2d(x, w))
+    given = values.view(values.shape[0], -1, right, p).permute(0, 3, 1, 2)
+    rows = _by_concept(F.conv_transpose2d, given, weights, (channels, height, right))
     rows = rows[:, : 3 * k].unflatten(1, (3, k)).float()
     image = rows.new_zeros(rows.shape[0], 3, height, width)
     for j in range(k):
@@ -268,8 +262,20 @@ def _project_rows_back(
     return image
 
 
-def _channels_last(weights: torch.Tensor) -> list[torch.Tensor]:
-    return [each.contiguous(memory_format=torch.channels_last) for each in weights]
+def _by_concept(
+    convolve: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    size: tuple[int, int, int],
+) -> torch.Tensor:
+    """Convolve every concept's rows with its own weights: [R, *size], channels last."""
+    channels, height, width = size
+    out = x.new_empty(len(x), height, width, channels).permute(0, 3, 1, 2)
+    parts, rows = (each.unflatten(0, (len(weights), -1)) for each in (out, x))
+    for part, own, weight in zip(parts, rows, weights, strict=True):
+        # A plain copy: twice as fast as `cat` in this layout.
+        part.copy_(convolve(own, weight.contiguous(memory_format=torch.channels_last)))
+    return out
 
 
 def _halve(image: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ class Painter:
 
     async def paint(self, order: Order) -> Painted | ApiError:
         """The pictures of an order, or why there are none."""
-        return await _or_refusal(self._paint(order), str(order.model))
+        return await _or_refusal(self._paint(order), order.model)
 
     async def models(self, shown: Shown) -> ModelList | ApiError:
         """A page of the base and every concept with a champion that the key may know of."""
@@ -338,7 +338,7 @@ class Painter:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, call, *args)
 
 
-async def _or_refusal(answer: Awaitable[T], asked: str) -> T | ApiError:
+async def _or_refusal(answer: Awaitable[T], asked: str | None) -> T | ApiError:
     try:
         return await answer
     except ApiError as error:

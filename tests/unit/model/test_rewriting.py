@@ -34,6 +34,7 @@ def test_rewritten_networks_train_as_before(
     assert sum(isinstance(layer, NormAndActivation) for layer in layers) == 3
     assert not any(isinstance(layer, GEGLU) for layer in layers)
     blocks = [layer for layer in layers if isinstance(layer, ResnetBlock2D)]
+    # Bound methods, which torch types as any callable.
     forwards = {block.forward.__func__ for block in blocks}  # type: ignore[attr-defined]
     assert len(blocks) > 10 and forwards == {rewriting._residual_block}
     assert_same(own, frozen, concepts)
