@@ -45,8 +45,10 @@ def grouped_linear(
     block = block_size(concept, n)
     if block is not None:
         flat = x.reshape(n, -1, d)
-        if weight.numel() > flat.numel():  # so that the weight's gradient need not be turned around
-            y = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2)
+        if weight.numel() > flat.numel():
+            # So that the weight's gradient need not be turned around; the few values are, as fused
+            # attention wants them.
+            y = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2).contiguous()
         else:
             y = torch.bmm(flat, weight.transpose(1, 2))
         return (y if bias is None else y + bias.unsqueeze(1)).reshape(shape)
