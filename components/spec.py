@@ -52,6 +52,9 @@ class BaseSpec(_Section):
 class TrainSpec(_Section):
     """How a pack is trained. Workers, ZeRO stage and device do not change the result.
 
+    `cooldown` is the last share of a network's steps over which its learning rates, constant until
+    then, fall towards zero in a straight line.
+
     `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
     pass. With one item a pass most of the round-off is the same whatever the number of workers.
     `checkpointing` computes activations again in the backward pass instead of keeping them: about a
@@ -70,6 +73,7 @@ class TrainSpec(_Section):
     student_lr: float = Field(default=1e-5, ge=0, le=1)
     head_lr: float = Field(default=1e-4, ge=0, le=1)
     scale_lr: bool = True
+    cooldown: float = Field(default=0.0, ge=0, le=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(default=1e-2, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, le=1e6)

@@ -45,7 +45,7 @@ def grouped_linear(
     block = block_size(concept, n)
     if block is not None:
         flat = x.reshape(n, -1, d)
-        if weight.numel() > flat.numel():
+        if x.is_cuda and weight.numel() > flat.numel():
             # So that the weight's gradient need not be turned around; the few values are, as fused
             # attention wants them.
             y = torch.bmm(weight, flat.transpose(1, 2)).transpose(1, 2).contiguous()

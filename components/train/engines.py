@@ -66,10 +66,12 @@ def make_engine(
     """
     import deepspeed
 
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter], "lr": rates.get(name, rates.get("", 0.0))}
         for name, parameter in module.named_parameters()
     ]
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # as torch's own schedulers name it
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
         on_gpu = next(module.parameters()).is_cuda
@@ -126,6 +128,12 @@ def make_engines(
         for name, module, rates, step in parts
     ]
     return made[0], made[1], made[2]
+
+
+def scale_rates(engine: Any, factor: float) -> None:
+    """Set every learning rate to so many times what it began as."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
 
 
 def clip_per_concept(engine: Any, clip_norm: float) -> torch.Tensor:

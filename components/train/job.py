@@ -150,6 +150,20 @@ def steps_done(spec: RunSpec, iteration: int) -> tuple[int, int]:
     return min(iteration, alone) + echo, min(max(0, iteration - alone), alone) + echo
 
 
+def rate_factors(spec: RunSpec, iteration: int) -> tuple[float, float]:
+    """Return the factors of an iteration's learning rates: the teacher's, student's and heads'."""
+    done, of = steps_done(spec, iteration), steps_done(spec, total_iterations(spec))
+    teacher, rest = (
+        _rate_factor(n, total, spec.train.cooldown) for n, total in zip(done, of, strict=True)
+    )
+    return teacher, rest
+
+
+def _rate_factor(done: int, total: int, cooldown: float) -> float:
+    length = cooldown * total
+    return 1.0 if done <= total - length else max(0, total - done) / length
+
+
 def next_boundary(spec: RunSpec, iteration: int) -> int:
     """Return the next iteration at which a block ends, which is after `iteration`."""
     steps = [spec.tracking.log_every]

@@ -24,6 +24,7 @@ from components.train.engines import (
     free,
     make_engines,
     read_state,
+    scale_rates,
 )
 from components.train.graphs import Record, RecordedItems, cuda_graphs
 from components.train.job import (
@@ -31,6 +32,7 @@ from components.train.job import (
     is_picture_time,
     main_iterations,
     next_boundary,
+    rate_factors,
     taking_part,
     total_iterations,
 )
@@ -252,6 +254,10 @@ class Segment:
     def _iterate(self, iteration: int, batches: list[Batch]) -> dict[str, torch.Tensor]:
         """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
         learns, distils = taking_part(self.run.spec, iteration)
+        of_teacher, of_student = rate_factors(self.run.spec, iteration)
+        scale_rates(self.teacher, of_teacher)
+        scale_rates(self.student, of_student)
+        scale_rates(self.heads, of_student)
         values: dict[str, torch.Tensor] = {}
         if learns:
             text_states = self._learn(batches, values)

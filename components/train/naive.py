@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from components.spec import RunSpec, TrainSpec
+from components.train.job import rate_factors
 from model import losses, swd
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import initial_row
@@ -44,6 +45,7 @@ class Group:
     def __init__(self, train: TrainSpec, *rates: tuple[list[nn.Parameter], float]) -> None:
         """Take lists of parameters with the learning rate of each."""
         self.parameters = [parameter for parameters, _ in rates for parameter in parameters]
+        self.rates = [rate for _, rate in rates]
         self.clip_norm = train.clip_norm
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": rate} for parameters, rate in rates],
@@ -57,9 +59,11 @@ class Group:
         self.optimizer.zero_grad()  # of another group's loss too, which may have run through here
         loss.backward()
 
-    def step(self) -> None:
-        """Clip the gradient's norm and step."""
+    def step(self, factor: float = 1.0) -> None:
+        """Clip the gradient's norm and step, at so many times the learning rates."""
         nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
         self.optimizer.step()
 
 
@@ -101,21 +105,22 @@ class NaiveLoop:
     def iterate(self, iteration: int) -> dict[str, torch.Tensor]:
         """Do one iteration; returns the losses by name, scalars without gradient."""
         settings = self.spec.loss
+        of_teacher, of_student = rate_factors(self.spec, iteration)
         batch = self.draw(iteration)
         rec, text_states = self.teacher_loss(batch)
         self.of_teacher.backward(rec)
-        self.of_teacher.step()
+        self.of_teacher.step(of_teacher)
         drawn = self.student_draw(text_states, batch)
         target = self.alignment_target(text_states, drawn, batch)
         parts = self.student_loss(drawn, target, batch)
         weighted = [getattr(settings, f"{name}_weight") * part for name, part in parts.items()]
         self.of_student.backward(torch.stack(weighted).sum())
-        self.of_student.step()
+        self.of_student.step(of_student)
         parts["rec"] = rec
         if settings.adv_weight:
             parts["disc"] = self.discriminator_loss(drawn, batch)
             self.of_heads.backward(parts["disc"])
-            self.of_heads.step()
+            self.of_heads.step(of_student)
         return {name: part.detach() for name, part in parts.items()}
 
     def draw(self, iteration: int) -> Batch:

@@ -30,6 +30,7 @@ from components.train.job import (
     BasePaths,
     PackJob,
     main_iterations,
+    rate_factors,
     total_iterations,
 )
 from components.train.loop import Block, Run, Segment, Watcher, block_losses, train_members
@@ -218,7 +219,7 @@ class RayWatcher(Watcher):
             self._tell(member, stage, done, losses=losses, seconds_per_iteration=pace)
             if self._tracker:
                 rows = _metric_rows(block, n)
-                rows[done] |= {"seconds_per_iteration": pace, **self._rates()}
+                rows[done] |= {"seconds_per_iteration": pace, **self._rates(done - 1)}
                 self._tracker.log(member.concept.id, rows)
 
     def echo(self, member: Member, iteration: int, drawn: EchoRound) -> None:
@@ -346,14 +347,15 @@ class RayWatcher(Watcher):
         cost = self._job.spec.cost.of(gpu_seconds)
         return took if cost is None else took | {"cost": round(cost, 6)}
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self, iteration: int) -> dict[str, float]:
         settings = self._job.spec.train
         scale = self._job.spec.batch_size if settings.scale_lr else 1
+        of_teacher, of_student = rate_factors(self._job.spec, iteration)
         return {
-            "lr/teacher": settings.teacher_lr * scale,
-            "lr/token": settings.token_lr * scale,
-            "lr/student": settings.student_lr * scale,
-            "lr/heads": settings.head_lr,
+            "lr/teacher": of_teacher * settings.teacher_lr * scale,
+            "lr/token": of_teacher * settings.token_lr * scale,
+            "lr/student": of_student * settings.student_lr * scale,
+            "lr/heads": of_student * settings.head_lr,
         }
 
 

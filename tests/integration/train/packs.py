@@ -33,6 +33,7 @@ def tiny_spec(paths: Any, *sets: str) -> RunSpec:
         f"base.backbones=[{paths.clip},{paths.dino}]",
         "resolution=32",
         "train.iterations=4",
+        "train.cooldown=0.25",
         "train.sample_every=3",
         "train.cpus_per_worker=1",
         "train.checkpoint_seconds=1000",

@@ -22,6 +22,7 @@ VARIANTS = {
     "swd": ("loss.perceptual=swd", "loss.perc_weight=1"),
     "scaled": ("train.scale_lr=true", "loss.rec_weight=2", "loss.adv_weight=1"),
     "no adversary": ("loss.adv_weight=0",),
+    "cooling": ("train.cooldown=1",),
     "calm": ("loss.guidance_rescale=0.5",),
 }
 

@@ -8,6 +8,7 @@ from components.spec import RunSpec, resolve_spec, with_settings
 from components.train.job import (
     echo_iterations,
     main_iterations,
+    rate_factors,
     steps_done,
     taking_part,
     total_iterations,
@@ -40,6 +41,26 @@ def test_steps_done_counts_those_who_took_part(order: str) -> None:
         assert steps_done(own, iteration) == tuple(done)
         done = [n + part for n, part in zip(done, taking_part(own, iteration), strict=True)]
     assert steps_done(own, total_iterations(own)) == tuple(done)
+
+
+@pytest.mark.parametrize(
+    ("order", "first", "share", "teacher", "student"),
+    [
+        ("together", 5, 0.5, [1, 1, 5 / 6, 4 / 6], [1, 1, 5 / 6, 4 / 6]),
+        ("together", 0, 0, [1, 1], [1, 1]),
+        ("together", 11, 1, [1 / 12, 0], [1 / 12, 0]),  # after the end there is no rate left
+        # One after the other, each counts its own twelve steps.
+        ("sequential", 6, 0.5, [1, 5 / 6, 4 / 6], [1, 1, 1]),
+        ("sequential", 17, 0.5, [3 / 6, 2 / 6, 1 / 6], [3 / 6, 2 / 6, 1 / 6]),
+        ("teacher", 3, 0.5, [1, 1, 3 / 4], [1, 1, 1]),
+    ],
+)
+def test_rates_fall_over_the_last_share_of_a_networks_own_steps(
+    order: str, first: int, share: float, teacher: list[float], student: list[float]
+) -> None:
+    own = with_settings(spec(order), [f"train.cooldown={share}"])
+    for offset, expected in enumerate(zip(teacher, student, strict=True)):
+        assert rate_factors(own, first + offset) == pytest.approx(expected)
 
 
 def test_a_spec_with_other_settings_is_checked_like_any() -> None:
