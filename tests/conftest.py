@@ -44,26 +44,7 @@ for _name in [each for each in os.environ if each.startswith("ECHODISTILL_")]:
         del os.environ[_name]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LONG = (REPOSITORY / "tests" / "chaos", REPOSITORY / "tests" / "integration" / "serve")
 AWS_NAMES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test one of two lanes, for two processes: `pytest -n 2 --dist loadgroup`.
-
-    The files that use the session's Ray have one, and the folders `LONG` so that both take about as
-    long. A Ray driver that has lived through many tests can end a process that starts ranks of its
-    own, so those are in the other one.
-    """
-    by_file: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        by_file.setdefault(item.path, []).append(item)
-    for path, tests in by_file.items():
-        on_ray = any("ray_cluster" in getattr(test, "fixturenames", ()) for test in tests)
-        lane = "ray" if on_ray or any(map(path.is_relative_to, LONG)) else "rest"
-        for test in tests:
-            test.add_marker(pytest.mark.xdist_group(lane))
 
 
 @dataclass(frozen=True)
