@@ -59,7 +59,7 @@ class Group:
         self.optimizer.zero_grad()  # of another group's loss too, which may have run through here
         loss.backward()
 
-    def step(self, factor: float = 1.0) -> None:
+    def step(self, factor: float) -> None:
         """Clip the gradient's norm and step, at so many times the learning rates."""
         nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
