@@ -113,10 +113,12 @@ class Sweep:
         options = self.options
         frozen = self._build("float32")
         self._attempt("agreement", 90, lambda: self._check(frozen))
-        self._attempt("plain loop", 40, lambda: self._plain_loop(frozen))
+        self._attempt("plain loop", 40, lambda: self._plain_loop(frozen, "float32"))
         del frozen
         release(self.device)
         frozen = self._build(options.precision)
+        if options.precision != "float32":
+            self._attempt("plain loop", 40, lambda: self._plain_loop(frozen, options.precision))
         self._attempt("operations", 60, lambda: self._count(frozen))
         if self.device.type == "cuda":
             self._attempt("waits", 40, lambda: self._waits(frozen))
@@ -158,12 +160,13 @@ class Sweep:
             release(self.device)
         restore(frozen)
 
-    def _plain_loop(self, frozen: Frozen) -> None:
+    def _plain_loop(self, frozen: Frozen, precision: str) -> None:
         runner = NaiveRunner(self._spec(), frozen, self._photos(frozen))
         runner.run(2)
         times = measure.summary(runner.run(self.options.iterations))
-        self.document["plain_ms"] = times["ms"]
-        self.say(f"plain loop, float32: {times['ms']:.1f} ms")
+        name = "plain_ms" if precision == "float32" else f"plain_{precision}_ms"
+        self.document[name] = times["ms"]
+        self.say(f"plain loop, {precision}: {times['ms']:.1f} ms")
 
     def _count(self, frozen: Frozen) -> None:
         """Count an iteration's operations, of networks as they were published."""
@@ -285,6 +288,8 @@ class Sweep:
         tflop = self.document["tflop"].get("bank" if entry["bank"] else "endless")
         if "plain_ms" in self.document:
             entry["speedup"] = round(self.document["plain_ms"] / entry["ms"], 2)
+        if "plain_bf16_ms" in self.document:
+            entry["speedup_bf16"] = round(self.document["plain_bf16_ms"] / entry["ms"], 2)
         if tflop:
             share = tflop / entry["ms"] * 1e3 / self.document["matmul"]["tflops"]
             entry["share_of_matmul"] = round(share, 3)
@@ -307,7 +312,9 @@ def restore(frozen: Frozen) -> None:
 
 def table(document: dict[str, Any]) -> str:
     """Lay a document out for a person."""
-    lines = [f"matmul {document['matmul']['tflops']:.0f} TFLOP/s, plain {document.get('plain_ms')}"]
+    names = [name for name in ("plain_ms", "plain_bf16_ms") if name in document]
+    plain = [f"{name} {document[name]}" for name in names]
+    lines = [" ".join([f"matmul {document['matmul']['tflops']:.0f} TFLOP/s", *plain])]
     for name, found in document["agreement"].items():
         word = "agrees" if found["passed"] else "DIFFERS"
         lines.append(f"{name} {word}: {found['loss_error']:.1e} {found['move_error']:.1e}")
