@@ -90,7 +90,11 @@ def make_engine(
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": _wanted_stage(settings)},
+        "zero_optimization": {
+            "stage": _wanted_stage(settings),
+            # At stage 3 it is allocated whole: half a billion numbers an engine, by default.
+            "reduce_bucket_size": sum(parameter.numel() for parameter in module.parameters()),
+        },
         # It would wait for the GPU twice a step, to print a speed that is never asked for.
         "timers": {"throughput": {"enabled": False}},
     }

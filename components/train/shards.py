@@ -22,6 +22,14 @@ SMALL = 10_000
 # Weights of a network that are whole at once: the layers in use, and the next ones on their way.
 WHOLE_AT_ONCE = 100_000_000
 AHEAD = 20_000_000
+# Gathered as wholes: DeepSpeed's hooks around each layer inside take longer than its work.
+BLOCKS = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "ViTLayer",
+    "Dinov2Layer",
+    "CLIPEncoderLayer",
+)
 
 
 class Shards:
@@ -83,7 +91,9 @@ def networks(frozen: Frozen) -> list[nn.Module]:
 
 def _engine(network: nn.Module) -> Any:
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
 
+    set_z3_leaf_modules(network, list(BLOCKS), raise_if_not_found=False)
     half = next(network.parameters()).dtype == torch.bfloat16
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -130,7 +130,9 @@ def cpu_seconds() -> float:
 
 
 @contextmanager
-def processes(options: argparse.Namespace, count: int, gather: Path) -> Iterator[None]:
+def processes(
+    options: argparse.Namespace, count: int, gather: Path, more: list[str]
+) -> Iterator[None]:
     """Start so many of this program, joined (`split`) or each for itself; wait for them after."""
     started = []
     joined = options.mode == "split"
@@ -148,7 +150,7 @@ def processes(options: argparse.Namespace, count: int, gather: Path) -> Iterator
             "MASTER_PORT": str(port if joined else port + place),
         }
         command = [sys.executable, __file__, *sys.argv[1:], "--child", "--out", str(gather)]
-        command += ["--batch", str(options.batch)]
+        command += ["--batch", str(options.batch), *more]
         started.append(subprocess.Popen(command, env={**os.environ, **environment}))
     try:
         yield
@@ -162,10 +164,10 @@ def processes(options: argparse.Namespace, count: int, gather: Path) -> Iterator
             each.wait()
 
 
-def measured(options: argparse.Namespace, count: int) -> list[list[Document]]:
+def measured(options: argparse.Namespace, count: int, more: list[str]) -> list[list[Document]]:
     """Give what each process of a run has measured."""
     with tempfile.TemporaryDirectory() as work:
-        with processes(options, count, Path(work)):
+        with processes(options, count, Path(work), more):
             pass
         files = sorted(Path(work).glob("part-*.jsonl"))
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -173,16 +175,19 @@ def measured(options: argparse.Namespace, count: int) -> list[list[Document]]:
 
 def together(options: argparse.Namespace, document: Document, count: int) -> None:
     """Measure on so many GPUs, and put it into the document."""
-    parts = measured(options, count)
     rows = document["rows"]
     if options.mode == "beside":
-        each = [part[0] for part in parts if part]
+        each = [part[0] for part in measured(options, count, []) if part]
         row: Document = {"gpus": count, "processes": each}
         if len(each) == count:
             row["concepts_per_hour"] = round(sum(3600 / one["ms"] for one in each), 2)
         rows.append(row)
     else:
-        rows += [{"gpus": count, **found} for found in (parts[0] if parts else [])]
+        # DeepSpeed keeps networks that it had in parts until the process ends.
+        for checkpointing in options.checkpointing:
+            switch = "on" if checkpointing else "off"
+            parts = measured(options, count, ["--checkpointing", switch])
+            rows += [{"gpus": count, **found} for found in (parts[0] if parts else [])]
     rows.sort(key=lambda row: row["gpus"])
     compare(rows)
 
