@@ -9,7 +9,9 @@ line: a name, then what `--set` takes.
 
     python -m tests.bench.search_settings variants.txt --out runs/search --seconds 500
 
-What is trained and measured is kept below `--out`, so that the same command goes on.
+What is trained and measured is kept below `--out`, so that the same command goes on. Variants that
+differ in their seed are named `name~1 seed=1`; `--against preset` averages these, and says how far
+every variant is from that one on the same concepts, with half of a 95 % interval.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ def main() -> int:
         place.write_text(json.dumps(found, indent=1) + "\n")
         print(_line(name, found), flush=True)
     print(_table(given))
+    if given.against:
+        print(_differences(given))
     return 1 if failed else 0
 
 
@@ -70,6 +74,7 @@ def _parsed() -> Any:
     parser.add_argument("--pack", type=int, default=12)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--against", help="a variant that the others are held against")
     parser.add_argument("--grid", action="store_true", help="keep a grid of pictures of each")
     return parser.parse_args()
 
@@ -119,6 +124,46 @@ def _table(given: Any) -> str:
     for path in sorted(given.out.glob("*.json")):
         lines.append(_line(path.stem, json.loads(path.read_text())))
     return "\n".join(lines)
+
+
+def _differences(given: Any) -> str:
+    from pipeline.statistics import paired
+
+    trainings: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(given.out.glob("*.json")):
+        trainings.setdefault(path.stem.partition("~")[0], []).append(json.loads(path.read_text()))
+    if given.against not in trainings:
+        return f"{given.against} has not been measured"
+    lines = [f"less {given.against}: identity, identity by the judge, text, distance to the truth"]
+    theirs = {name: _by_concept(each) for name, each in trainings.items()}
+    base = theirs.pop(given.against)
+    for name, mine in theirs.items():
+        for method in (each for each in base if each in mine):
+            words = []
+            for place in range(len(FIGURES)):
+                pairs = [(mine[method][c][place], base[method][c][place]) for c in base[method]]
+                found = paired(*zip(*pairs, strict=True))
+                words.append(f"{found.mean:+.3f} ± {found.half or 0:.3f}")
+            lines.append(f"{name:<24} | {method} {' '.join(words)}")
+    return "\n".join(lines)
+
+
+def _by_concept(trainings: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Give a variant's figures by method and concept, each the mean over its trainings."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for document in trainings:
+        for method in document["methods"]:
+            for concept, figures in method["by_concept"].items():
+                row = [figures[name] for name in FIGURES]
+                if None not in row:
+                    found.setdefault(method["name"], {}).setdefault(concept, []).append(row)
+    return {
+        method: {
+            concept: [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            for concept, rows in concepts.items()
+        }
+        for method, concepts in found.items()
+    }
 
 
 if __name__ == "__main__":
