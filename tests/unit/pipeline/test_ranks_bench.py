@@ -43,7 +43,10 @@ def test_what_is_complete_is_not_measured_again(
 ) -> None:
     measured: list[int] = []
 
-    def measure(options: argparse.Namespace, count: int) -> list[list[bench.Document]]:
+    def measure(
+        options: argparse.Namespace, count: int, more: list[str]
+    ) -> list[list[bench.Document]]:
+        assert more == ["--checkpointing", "off"]
         measured.append(count)
         rows = [row(count, stage, 100.0 / count) for stage in options.stages]
         found = rows[:1] if measured == [1, 2] else rows  # the first time two GPUs are cut short
