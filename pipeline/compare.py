@@ -282,8 +282,10 @@ class _Painter:
             adapters = [adapter] * len(words)
             if method.drawer == "teacher":
                 guidance = self._question.guidance
-                part = draw_teacher(self._pair, adapters, words, numbers, guidance=guidance)
+                part = draw_teacher(
+                    self._pair, adapters, words, numbers, method.steps, guidance=guidance
+                )
             else:
-                part = draw(self._pair, adapters, words, numbers)
+                part = draw(self._pair, adapters, words, numbers, method.steps)
             drawn.append(part)
         return torch.cat(drawn).unflatten(0, (len(plain), seeds))

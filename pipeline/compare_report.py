@@ -74,7 +74,7 @@ def _method(outcome: Outcome) -> dict[str, Any]:
     return {
         "name": outcome.method.name,
         "words": outcome.method.words,
-        "steps": 25 if outcome.method.drawer == "teacher" else 1,
+        "steps": outcome.method.steps,
         "seconds": round(outcome.seconds, 1),
         **{name: each and round(each.mean, 4) for name, each in figures.items()},
         "intervals": {name: each and each.as_json()["half"] for name, each in figures.items()},
@@ -187,7 +187,7 @@ def table(found: Comparison, *, intervals: bool = True) -> Table:
         figures = (_figure(outcome, name) for name in FIGURES)
         rows.add_row(
             outcome.method.words,
-            "25" if outcome.method.drawer == "teacher" else "1",
+            str(outcome.method.steps),
             *(_words(each, intervals) for each in figures),
         )
     return rows

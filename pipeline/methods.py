@@ -12,6 +12,7 @@ from typing import Literal
 from components.spec import RunSpec, with_settings
 from components.train.job import total_iterations
 from model.errors import InputError
+from model.sampler import TEACHER_STEPS
 
 Drawer = Literal["base", "student", "teacher"]
 
@@ -24,29 +25,34 @@ class Method:
         name: as on the command line and in the JSON.
         words: what it is, for people.
         run: the training run that it is drawn from; several methods may share one. Empty for none.
-        drawer: `base`, the student without an adapter, asked for the class noun; `student`, in one
-            step; `teacher`, in 25 steps with guidance, without a run as it was before training.
+        drawer: `base`, the student without an adapter, asked for the class noun; `student`, with
+            it; `teacher`, with guidance, without a run as it was before training.
+        steps: network evaluations of a picture.
     """
 
     name: str
     words: str
     run: str
     drawer: Drawer
+    steps: int = 1
 
 
 METHODS = (
     Method("student_base", "base student, class noun only", "", "base"),
-    Method("teacher_base", "base teacher, class noun only, 25 steps", "", "teacher"),
+    Method("teacher_base", "base teacher, class noun only, 25 steps", "", "teacher", TEACHER_STEPS),
     Method("textual_inversion", "Textual Inversion of the student", "textual_inversion", "student"),
     Method("custom_diffusion", "Custom Diffusion of the student", "custom_diffusion", "student"),
-    Method("teacher", "Custom Diffusion of the teacher, 25 steps", "teacher", "teacher"),
+    Method(
+        "teacher", "Custom Diffusion of the teacher, 25 steps", "teacher", "teacher", TEACHER_STEPS
+    ),
     Method("sequential", "teacher first, then distilled", "sequential", "student"),
     Method("no_adversarial", "without the adversarial loss", "no_adversarial", "student"),
     Method("separate_text", "without the shared text encoder", "separate_text", "student"),
     Method("no_echo", "without echo", "no_echo", "student"),
-    Method("no_echo_teacher", "its teacher, 25 steps", "no_echo", "teacher"),
+    Method("no_echo_teacher", "its teacher, 25 steps", "no_echo", "teacher", TEACHER_STEPS),
     Method("echodistill", "EchoDistill, one step", "echodistill", "student"),
-    Method("echodistill_teacher", "its teacher, 25 steps", "echodistill", "teacher"),
+    Method("echodistill_4_steps", "the same in four steps", "echodistill", "student", 4),
+    Method("echodistill_teacher", "its teacher, 25 steps", "echodistill", "teacher", TEACHER_STEPS),
 )
 FULL = "echodistill"
 QUICK = (
