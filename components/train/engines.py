@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from components.spec import RunSpec, TrainSpec
 from components.train import ranks
-from components.train.job import steps_done
+from components.train.job import learning_rates, steps_done
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
 from model.iteration import Frozen
@@ -67,11 +67,9 @@ def make_engine(
     import deepspeed
 
     groups: list[dict[str, Any]] = [
-        {"params": [parameter], "lr": rates.get(name, rates.get("", 0.0))}
+        {"params": [parameter], "name": name, "lr": _rate(rates, name)}
         for name, parameter in module.named_parameters()
     ]
-    for group in groups:
-        group["initial_lr"] = group["lr"]  # as torch's own schedulers name it
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
         on_gpu = next(module.parameters()).is_cuda
@@ -109,8 +107,8 @@ def make_engines(
 ) -> tuple[Any, Any, Any]:
     """Build the engines of teacher, student and heads from states of the same iteration."""
     settings, pair = spec.train, frozen.pair
-    scale = spec.batch_size if settings.scale_lr else 1
     learned, distilled = steps_done(spec, states[0].iteration)
+    rates = learning_rates(spec, states[0].iteration)
     stacked: dict[str, State] = {
         name: stack_states([state.groups[name] for state in states]) for name in states[0].groups
     }
@@ -120,24 +118,26 @@ def make_engines(
     heads = DiscriminatorHeads(dims, [state.concept_id for state in states], spec.seed)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(stacked["heads"][name])
-    teacher_rates = {"kv": settings.teacher_lr * scale, "rows": settings.token_lr * scale}
-    student_rates = {"kv": settings.student_lr * scale, "rows": settings.token_lr * scale}
-    parts: list[tuple[str, torch.nn.Module, dict[str, float], int]] = [
-        ("teacher", teacher, teacher_rates, learned),
-        ("student", student, student_rates, distilled),
-        ("heads", heads, {"": settings.head_lr}, distilled),
+    parts: list[tuple[str, torch.nn.Module, int]] = [
+        ("teacher", teacher, learned),
+        ("student", student, distilled),
+        ("heads", heads, distilled),
     ]
     made = [
-        make_engine(module.to(pair.device), rates, settings, step, stacked[name])
-        for name, module, rates, step in parts
+        make_engine(module.to(pair.device), rates[name], settings, step, stacked[name])
+        for name, module, step in parts
     ]
     return made[0], made[1], made[2]
 
 
-def scale_rates(engine: Any, factor: float) -> None:
-    """Set every learning rate to so many times what it began as."""
+def set_rates(engine: Any, rates: Mapping[str, float]) -> None:
+    """Set the learning rates of the next step, as `make_engine` takes them."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = factor * group["initial_lr"]
+        group["lr"] = _rate(rates, group["name"])
+
+
+def _rate(rates: Mapping[str, float], name: str) -> float:
+    return rates.get(name, rates.get("", 0.0))
 
 
 def clip_per_concept(engine: Any, clip_norm: float) -> torch.Tensor:

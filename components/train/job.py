@@ -150,13 +150,20 @@ def steps_done(spec: RunSpec, iteration: int) -> tuple[int, int]:
     return min(iteration, alone) + echo, min(max(0, iteration - alone), alone) + echo
 
 
-def rate_factors(spec: RunSpec, iteration: int) -> tuple[float, float]:
-    """Return the factors of an iteration's learning rates: the teacher's, student's and heads'."""
+def learning_rates(spec: RunSpec, iteration: int) -> dict[str, dict[str, float]]:
+    """Return an iteration's learning rates by network and parameter; "" stands for all of them."""
+    train = spec.train
     done, of = steps_done(spec, iteration), steps_done(spec, total_iterations(spec))
     teacher, rest = (
-        _rate_factor(n, total, spec.train.cooldown) for n, total in zip(done, of, strict=True)
+        _rate_factor(n, total, train.cooldown) for n, total in zip(done, of, strict=True)
     )
-    return teacher, rest
+    scale = spec.batch_size if train.scale_lr else 1
+    token = train.token_lr * scale
+    return {
+        "teacher": {"kv": teacher * (train.teacher_lr * scale), "rows": teacher * token},
+        "student": {"kv": rest * (train.student_lr * scale), "rows": rest * token},
+        "heads": {"": rest * train.head_lr},
+    }
 
 
 def _rate_factor(done: int, total: int, cooldown: float) -> float:

@@ -24,15 +24,15 @@ from components.train.engines import (
     free,
     make_engines,
     read_state,
-    scale_rates,
+    set_rates,
 )
 from components.train.graphs import Record, RecordedItems, cuda_graphs
 from components.train.job import (
     echo_iterations,
     is_picture_time,
+    learning_rates,
     main_iterations,
     next_boundary,
-    rate_factors,
     taking_part,
     total_iterations,
 )
@@ -254,10 +254,10 @@ class Segment:
     def _iterate(self, iteration: int, batches: list[Batch]) -> dict[str, torch.Tensor]:
         """Do one iteration, METHOD.md's items 1 to 5; returns losses and norms, [N] each."""
         learns, distils = taking_part(self.run.spec, iteration)
-        of_teacher, of_student = rate_factors(self.run.spec, iteration)
-        scale_rates(self.teacher, of_teacher)
-        scale_rates(self.student, of_student)
-        scale_rates(self.heads, of_student)
+        rates = learning_rates(self.run.spec, iteration)
+        set_rates(self.teacher, rates["teacher"])
+        set_rates(self.student, rates["student"])
+        set_rates(self.heads, rates["heads"])
         values: dict[str, torch.Tensor] = {}
         if learns:
             text_states = self._learn(batches, values)

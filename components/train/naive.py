@@ -8,7 +8,7 @@ UNets by diffusers' own attention, and three `torch.optim.AdamW` step what is tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from components.spec import RunSpec, TrainSpec
-from components.train.job import rate_factors
+from components.train.job import learning_rates
 from model import losses, swd
 from model.batch import Batch, ConceptData, draw_batch
 from model.concept import initial_row
@@ -42,13 +42,12 @@ class Pictures:
 class Group:
     """What one loss trains, with its optimizer; the two calls are named as an engine's are."""
 
-    def __init__(self, train: TrainSpec, *rates: tuple[list[nn.Parameter], float]) -> None:
-        """Take lists of parameters with the learning rate of each."""
-        self.parameters = [parameter for parameters, _ in rates for parameter in parameters]
-        self.rates = [rate for _, rate in rates]
+    def __init__(self, train: TrainSpec, **named: list[nn.Parameter]) -> None:
+        """Take lists of parameters, by the names of their learning rates."""
+        self.parameters = [parameter for parameters in named.values() for parameter in parameters]
         self.clip_norm = train.clip_norm
         self.optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in rates],
+            [{"params": parameters, "name": name} for name, parameters in named.items()],
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=train.weight_decay,
@@ -59,11 +58,11 @@ class Group:
         self.optimizer.zero_grad()  # of another group's loss too, which may have run through here
         loss.backward()
 
-    def step(self, factor: float) -> None:
-        """Clip the gradient's norm and step, at so many times the learning rates."""
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Clip the gradient's norm and step, at these learning rates."""
         nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = factor * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         self.optimizer.step()
 
 
@@ -93,34 +92,29 @@ class NaiveLoop:
         self.student = _own_unet(pair.student, pair.student_layout, pair.student_kv)
         self.rows = nn.Parameter(initial_row(pair, initializer)[None].clone())
         self.heads = _heads(frozen, data.id, spec.seed)
-        scale = spec.batch_size if train.scale_lr else 1
-        self.of_teacher = Group(
-            train,
-            (_trained(self.teacher), train.teacher_lr * scale),
-            ([self.rows], train.token_lr * scale),
-        )
-        self.of_student = Group(train, (_trained(self.student), train.student_lr * scale))
-        self.of_heads = Group(train, (list(self.heads.parameters()), train.head_lr))
+        self.of_teacher = Group(train, kv=_trained(self.teacher), rows=[self.rows])
+        self.of_student = Group(train, kv=_trained(self.student))
+        self.of_heads = Group(train, **{"": list(self.heads.parameters())})
 
     def iterate(self, iteration: int) -> dict[str, torch.Tensor]:
         """Do one iteration; returns the losses by name, scalars without gradient."""
         settings = self.spec.loss
-        of_teacher, of_student = rate_factors(self.spec, iteration)
+        rates = learning_rates(self.spec, iteration)
         batch = self.draw(iteration)
         rec, text_states = self.teacher_loss(batch)
         self.of_teacher.backward(rec)
-        self.of_teacher.step(of_teacher)
+        self.of_teacher.step(rates["teacher"])
         drawn = self.student_draw(text_states, batch)
         target = self.alignment_target(text_states, drawn, batch)
         parts = self.student_loss(drawn, target, batch)
         weighted = [getattr(settings, f"{name}_weight") * part for name, part in parts.items()]
         self.of_student.backward(torch.stack(weighted).sum())
-        self.of_student.step(of_student)
+        self.of_student.step(rates["student"])
         parts["rec"] = rec
         if settings.adv_weight:
             parts["disc"] = self.discriminator_loss(drawn, batch)
             self.of_heads.backward(parts["disc"])
-            self.of_heads.step(of_student)
+            self.of_heads.step(rates["heads"])
         return {name: part.detach() for name, part in parts.items()}
 
     def draw(self, iteration: int) -> Batch:

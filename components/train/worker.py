@@ -29,8 +29,8 @@ from components.train.job import (
     STATES,
     BasePaths,
     PackJob,
+    learning_rates,
     main_iterations,
-    rate_factors,
     total_iterations,
 )
 from components.train.loop import Block, Run, Segment, Watcher, block_losses, train_members
@@ -348,14 +348,12 @@ class RayWatcher(Watcher):
         return took if cost is None else took | {"cost": round(cost, 6)}
 
     def _rates(self, iteration: int) -> dict[str, float]:
-        settings = self._job.spec.train
-        scale = self._job.spec.batch_size if settings.scale_lr else 1
-        of_teacher, of_student = rate_factors(self._job.spec, iteration)
+        rates = learning_rates(self._job.spec, iteration)
         return {
-            "lr/teacher": of_teacher * settings.teacher_lr * scale,
-            "lr/token": of_teacher * settings.token_lr * scale,
-            "lr/student": of_student * settings.student_lr * scale,
-            "lr/heads": of_student * settings.head_lr,
+            "lr/teacher": rates["teacher"]["kv"],
+            "lr/token": rates["teacher"]["rows"],
+            "lr/student": rates["student"]["kv"],
+            "lr/heads": rates["heads"][""],
         }
 
 

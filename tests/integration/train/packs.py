@@ -115,7 +115,11 @@ def weights(state: ConceptState, moments: bool = False) -> dict[str, torch.Tenso
 def assert_close(
     found: ConceptState, expected: ConceptState, start: ConceptState, part: float = 1e-3
 ) -> None:
-    """Asserts that no weight differs by more than `part` of its tensor's largest movement."""
+    """Asserts that no weight differs by more than `part` of its tensor's largest movement.
+
+    Of the heads by four times as much: they are not of the adapter, some of their gradients are
+    nearly zero, and how far Adam enlarges their round-off depends on the processor.
+    """
     mine, theirs, first = weights(found), weights(expected), weights(start)
     assert mine.keys() == theirs.keys()
     assert found.iteration == expected.iteration
@@ -123,7 +127,8 @@ def assert_close(
         moved = (value - first[name]).abs().max()
         error = (mine[name] - value).abs().max()
         assert moved > 0, name
-        assert error <= part * moved, (name, float(error), float(moved))
+        bound = 4 * part if name.startswith("heads.") else part
+        assert error <= bound * moved, (name, float(error), float(moved))
 
 
 def assert_equal(found: ConceptState, expected: ConceptState) -> None:

@@ -7,8 +7,8 @@ import pytest
 from components.spec import RunSpec, resolve_spec, with_settings
 from components.train.job import (
     echo_iterations,
+    learning_rates,
     main_iterations,
-    rate_factors,
     steps_done,
     taking_part,
     total_iterations,
@@ -60,7 +60,22 @@ def test_rates_fall_over_the_last_share_of_a_networks_own_steps(
 ) -> None:
     own = with_settings(spec(order), [f"train.cooldown={share}"])
     for offset, expected in enumerate(zip(teacher, student, strict=True)):
-        assert rate_factors(own, first + offset) == pytest.approx(expected)
+        rates, plain = learning_rates(own, first + offset), own.train
+        factors = rates["teacher"]["kv"] / plain.teacher_lr, rates["heads"][""] / plain.head_lr
+        assert factors == pytest.approx(expected)
+        assert rates["student"]["kv"] == pytest.approx(factors[1] * plain.student_lr)
+        assert rates["teacher"]["rows"] == pytest.approx(factors[0] * plain.token_lr)
+        assert rates["student"]["rows"] == pytest.approx(factors[1] * plain.token_lr)
+
+
+def test_rates_grow_with_the_batch_but_for_the_heads() -> None:
+    alone, two = (
+        learning_rates(with_settings(spec("together"), [f"train.scale_lr={scale}"]), 0)
+        for scale in ("false", "true")
+    )
+    assert two["student"] == {name: 2 * rate for name, rate in alone["student"].items()}
+    assert two["teacher"] == {name: 2 * rate for name, rate in alone["teacher"].items()}
+    assert two["heads"] == alone["heads"]
 
 
 def test_a_spec_with_other_settings_is_checked_like_any() -> None:
