@@ -42,7 +42,7 @@ class Pictures:
 class Group:
     """What one loss trains, with its optimizer; the two calls are named as an engine's are."""
 
-    def __init__(self, train: TrainSpec, **named: list[nn.Parameter]) -> None:
+    def __init__(self, train: TrainSpec, named: Mapping[str, list[nn.Parameter]]) -> None:
         """Take lists of parameters, by the names of their learning rates."""
         self.parameters = [parameter for parameters in named.values() for parameter in parameters]
         self.clip_norm = train.clip_norm
@@ -92,9 +92,9 @@ class NaiveLoop:
         self.student = _own_unet(pair.student, pair.student_layout, pair.student_kv)
         self.rows = nn.Parameter(initial_row(pair, initializer)[None].clone())
         self.heads = _heads(frozen, data.id, spec.seed)
-        self.of_teacher = Group(train, kv=_trained(self.teacher), rows=[self.rows])
-        self.of_student = Group(train, kv=_trained(self.student))
-        self.of_heads = Group(train, **{"": list(self.heads.parameters())})
+        self.of_teacher = Group(train, {"kv": _trained(self.teacher), "rows": [self.rows]})
+        self.of_student = Group(train, {"kv": _trained(self.student)})
+        self.of_heads = Group(train, {"": list(self.heads.parameters())})
 
     def iterate(self, iteration: int) -> dict[str, torch.Tensor]:
         """Do one iteration; returns the losses by name, scalars without gradient."""

@@ -72,30 +72,28 @@ def beside(options: argparse.Namespace, device: torch.device, gather: Path) -> D
 
 def split(options: argparse.Namespace, device: torch.device, _: Path) -> Iterator[Document]:
     """Train one concept with this GPU's part of its batch, at one stage after the other."""
-    for checkpointing in options.checkpointing:
-        own = [*options.set, f"train.checkpointing={str(checkpointing).lower()}"]
-        own += [f"train.workers={ranks.world_size()}", f"batch_size={options.batch}"]
-        spec = bench_spec(options.base, None, options.precision, own)
-        frozen = build_frozen(options.base, spec, spec.train.precision, device)
-        accelerate(frozen, spec.train.channels_last, spec.train.compile)
-        for stage in options.stages:
-            train = spec.train.model_copy(update={"zero_stage": stage})
-            at_stage = spec.model_copy(update={"train": train})
-            found: Document = {"stage": stage, "checkpointing": checkpointing}
-            with tempfile.TemporaryDirectory() as work:
-                runner = EngineRunner(at_stage, frozen, Photos(Path(work), frozen), 1)
-                with sharded(frozen, stage) as runner.segment.run.shards:
-                    runner.run(options.iterations)
-                    found["losses"] = runner.meter.losses()
-                    release(device)
-                    measure.reset_peak(device)
-                    found |= measure.summary(runner.run(2 * options.iterations))
-                    peaks = ranks.gathered(runner.peak_gib)
-                runner.free()
-            release(device)
-            yield found | {"peak_gib": max(peaks), "peaks_gib": peaks}
-        del frozen
+    (checkpointing,) = options.checkpointing
+    own = [*options.set, f"train.checkpointing={str(checkpointing).lower()}"]
+    own += [f"train.workers={ranks.world_size()}", f"batch_size={options.batch}"]
+    spec = bench_spec(options.base, None, options.precision, own)
+    frozen = build_frozen(options.base, spec, spec.train.precision, device)
+    accelerate(frozen, spec.train.channels_last, spec.train.compile)
+    for stage in options.stages:
+        train = spec.train.model_copy(update={"zero_stage": stage})
+        at_stage = spec.model_copy(update={"train": train})
+        found: Document = {"stage": stage, "checkpointing": checkpointing}
+        with tempfile.TemporaryDirectory() as work:
+            runner = EngineRunner(at_stage, frozen, Photos(Path(work), frozen), 1)
+            with sharded(frozen, stage) as runner.segment.run.shards:
+                runner.run(options.iterations)
+                found["losses"] = runner.meter.losses()
+                release(device)
+                measure.reset_peak(device)
+                found |= measure.summary(runner.run(2 * options.iterations))
+                peaks = ranks.gathered(runner.peak_gib)
+            runner.free()
         release(device)
+        yield found | {"peak_gib": max(peaks), "peaks_gib": peaks}
 
 
 def child(options: argparse.Namespace) -> None:

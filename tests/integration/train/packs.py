@@ -117,8 +117,8 @@ def assert_close(
 ) -> None:
     """Asserts that no weight differs by more than `part` of its tensor's largest movement.
 
-    Of the heads by four times as much: they are not of the adapter, some of their gradients are
-    nearly zero, and how far Adam enlarges their round-off depends on the processor.
+    Of the heads by 2e-3 at least: they are not of the adapter, some of their gradients are nearly
+    zero, and how far Adam enlarges their round-off depends on the processor.
     """
     mine, theirs, first = weights(found), weights(expected), weights(start)
     assert mine.keys() == theirs.keys()
@@ -127,7 +127,7 @@ def assert_close(
         moved = (value - first[name]).abs().max()
         error = (mine[name] - value).abs().max()
         assert moved > 0, name
-        bound = 4 * part if name.startswith("heads.") else part
+        bound = max(part, 2e-3) if name.startswith("heads.") else part
         assert error <= bound * moved, (name, float(error), float(moved))
 
 
