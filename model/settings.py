@@ -27,12 +27,17 @@ class MethodSettings:
             leaves the student as it is.
         shared_text: the student reads the token rows that the teacher learns; without, it has rows
             of its own that learn from its own loss.
+        follow: every step that the teacher's keys and values take is taken by the student's too,
+            whose own loss then corrects it: they need the same layers. A student that was distilled
+            from its teacher draws much of what the teacher has learned by that alone. Ours, off by
+            default; without effect where the student does not learn.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
 
     order: Literal["together", "sequential", "teacher"] = "together"
     shared_text: bool = True
+    follow: bool = False
 
 
 @dataclass(frozen=True)

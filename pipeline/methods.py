@@ -48,6 +48,7 @@ METHODS = (
     Method("sequential", "teacher first, then distilled", "sequential", "student"),
     Method("no_adversarial", "without the adversarial loss", "no_adversarial", "student"),
     Method("separate_text", "without the shared text encoder", "separate_text", "student"),
+    Method("no_follow", "student does not follow the teacher", "no_follow", "student"),
     Method("no_echo", "without echo", "no_echo", "student"),
     Method("no_echo_teacher", "its teacher, 25 steps", "no_echo", "teacher", TEACHER_STEPS),
     Method("echodistill", "EchoDistill, one step", "echodistill", "student"),
@@ -93,6 +94,8 @@ def run_spec(run: str, spec: RunSpec) -> RunSpec:
         "sequential": ["method.order=sequential"],
         "no_adversarial": ["loss.adv_weight=0"],
         "separate_text": ["method.shared_text=false"],
+        # A student that does not follow has the whole way to go, at the teacher's rate.
+        "no_follow": ["method.follow=false", f"train.student_lr={spec.train.teacher_lr}"],
         "no_echo": without_echo,
         FULL: [],
     }

@@ -69,7 +69,7 @@ def take_shipped(
     work: Work = _WORK,
     anew: Annotated[str, typer.Option(help="Stages to train from nothing, comma-separated.")] = "",
     further: Annotated[
-        str, typer.Option(help="Stages to train from what is shipped: clip, vae, teacher.")
+        str, typer.Option(help="Stages to train from what is shipped: clip, vae, teacher, student.")
     ] = "",
     dry: Annotated[bool, typer.Option(help="For `train --dry`.")] = False,
 ) -> None:

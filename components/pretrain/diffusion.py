@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from components.pretrain import networks
-from components.pretrain.latents import LatentSet, Noising
+from components.pretrain.latents import LatentSet, Lessons, Noising
 from components.pretrain.training import Stage, Trainee, cosine, graphed
 
 GUIDANCE = 3.0  # of the teacher, while it teaches
+Moves = Sequence[Tensor] | None
 SUBJECT_WEIGHT = 2.5  # extra weight of latent pixels under the subject: it is what is hard
 
 
-def predict(net: Any, z: Tensor, t: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
-    """v-prediction, float32."""
-    out: Tensor = net(z.to(dtype), t, text.to(dtype)).sample
+def predict(
+    net: Any,
+    z: Tensor,
+    t: Tensor,
+    text: Tensor,
+    dtype: torch.dtype,
+    moves: Moves = None,
+) -> Tensor:
+    """v-prediction, float32; `moves` are those of every item's adapter (adapters.py)."""
+    also = {} if moves is None else {"cross_attention_kwargs": {"moves": moves}}
+    out: Tensor = net(z.to(dtype), t, text.to(dtype), **also).sample
     return out.float()
 
 
@@ -77,10 +87,13 @@ def guided(
     empty: Tensor,
     dtype: torch.dtype,
     guidance: float = GUIDANCE,
+    moves: Moves = None,
 ) -> Tensor:
     """v-prediction with classifier-free guidance (Ho & Salimans 2022)."""
     both = torch.cat([empty.expand(len(text), -1, -1), text])
-    without, with_text = predict(net, torch.cat([z, z]), torch.cat([t, t]), both, dtype).chunk(2)
+    twice = None if moves is None else [torch.cat([move, move]) for move in moves]
+    v = predict(net, torch.cat([z, z]), torch.cat([t, t]), both, dtype, twice)
+    without, with_text = v.chunk(2)
     return without + guidance * (with_text - without)
 
 
@@ -94,12 +107,13 @@ def ddim(
     steps: int,
     dtype: torch.dtype,
     guidance: float = GUIDANCE,
+    moves: Moves = None,
 ) -> Tensor:
     """Deterministic sampling (Song et al. 2021), trailing timesteps; z is pure noise."""
     times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
     for k, now in enumerate(times):
         t = torch.full((len(z),), now, device=z.device)
-        v = guided(net, noising, z, t, text, empty, dtype, guidance)
+        v = guided(net, noising, z, t, text, empty, dtype, guidance, moves)
         z0, noise = noising.z0(v, z, t), noising.noise(v, z, t)
         z = z0 if k + 1 == steps else noising.add(z0, noise, torch.full_like(t, times[k + 1]))
     return z
@@ -108,30 +122,20 @@ def ddim(
 @torch.no_grad()
 def teach_pairs(
     teacher: Any,
-    data: LatentSet,
+    lessons: Lessons,
     count: int,
     steps: int,
     dtype: torch.dtype,
     batch: int = 4096,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(noise, the teacher's picture of it, caption's row): what the student regresses to first."""
-    dev = data.latents.device
-    gen = torch.Generator(dev).manual_seed(77)
-    noising = Noising(networks.alphas_cumprod(dev))
-    noise = torch.randn(count, *data.latents.shape[1:], device=dev, generator=gen)
-    rows = torch.randint(0, len(data), (count,), device=dev, generator=gen)
-    pictures = torch.cat(
-        [
-            ddim(
-                teacher,
-                noising,
-                noise[k : k + batch],
-                data.text[rows[k : k + batch]],
-                data.empty,
-                steps,
-                dtype,
-            )
-            for k in range(0, count, batch)
-        ]
-    )
-    return noise, pictures.to(dtype), rows
+    """(noise, the teacher's picture of it, lesson's row): what the student regresses to first."""
+    data, gen = lessons.data, torch.Generator(lessons.device).manual_seed(77)
+    noising = Noising(networks.alphas_cumprod(lessons.device))
+    noise = torch.randn(count, *data.latents.shape[1:], device=lessons.device, generator=gen)
+    rows = lessons.draw(count, gen)
+    pictures = []
+    for k in range(0, count, batch):
+        z, row = noise[k : k + batch], rows[k : k + batch]
+        text, moves = data.text[row], lessons.moves(row)
+        pictures.append(ddim(teacher, noising, z, text, data.empty, steps, dtype, moves=moves))
+    return noise, torch.cat(pictures).to(dtype), rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +61,72 @@ def encode_world(
         scenes = world.sample(rows.stop - start, gen)
         ids = table(world.captions(scenes, gen))
         pictures, cover = world.render(scenes)
-        posterior = coder.encode(pictures.to(dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, device=dev, generator=gen)
-        out.latents[rows] = (posterior.mean + posterior.std * noise).to(dtype)
+        out.latents[rows] = encode_pictures(coder, pictures, gen, dtype)
         out.cover[rows] = F.avg_pool2d(cover, 8).mul(255).round().to(torch.uint8)
         out.text[rows] = reader(ids).last_hidden_state
     return out
+
+
+def encode_pictures(
+    vae: AutoencoderKL, pictures: Tensor, gen: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Latents [B, C, h, w] of pictures [B, 3, H, W] in [-1, 1], drawn from their distribution."""
+    posterior = vae.encode(pictures.to(dtype)).latent_dist
+    noise = torch.randn(posterior.mean.shape, device=pictures.device, generator=gen)
+    latents: Tensor = (posterior.mean + posterior.std * noise).to(dtype)
+    return latents
 
 
 def empty_ids(tokenizer: CLIPTokenizer) -> Tensor:
     """Tokens of the empty prompt [1, L]."""
     ids: Tensor = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     return ids
+
+
+ADAPTED = 0.5  # share of the lessons that are of made-up concepts, where there are any
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the student is taught: compositions, of which the last may be of made-up concepts.
+
+    Attributes:
+        data: the compositions.
+        adapters: movements of keys' and values' weights [1 + C, out, in], layer by layer; row 0
+            moves nothing. Without any the teacher is as it is for all compositions.
+        which: the row in `adapters` of each of the last compositions.
+    """
+
+    data: LatentSet
+    adapters: Sequence[Tensor] = ()
+    which: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.data.latents.device
+
+    def draw(self, count: int, gen: torch.Generator) -> Tensor:
+        """Rows of compositions drawn by lot [count]."""
+        concepts = 0 if self.which is None else len(self.which)
+        plain = len(self.data) - concepts
+        rows = torch.randint(0, plain, (count,), device=self.device, generator=gen)
+        if not concepts:
+            return rows
+        other = torch.randint(0, concepts, (count,), device=self.device, generator=gen)
+        lot = torch.rand(count, device=self.device, generator=gen)
+        return torch.where(lot < ADAPTED, plain + other, rows)
+
+    def moves(self, rows: Tensor, share: Tensor | None = None) -> list[Tensor] | None:
+        """Each row's movements [B, out, in], or a share [B] of them; None where nothing moves."""
+        if self.which is None:
+            return None
+        late = rows - (len(self.data) - len(self.which))
+        own = torch.where(late < 0, 0, self.which[late.clamp(min=0)])
+        found = [move.index_select(0, own) for move in self.adapters]
+        if share is None:
+            return found
+        return [move * share.to(move.dtype).view(-1, 1, 1) for move in found]
 
 
 @dataclass

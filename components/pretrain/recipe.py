@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from components.pretrain import autoencoder, diffusion, distillation, networks, vision
-from components.pretrain.latents import LatentSet, encode_world
+from components.pretrain.adapters import let_move, train_adapters
+from components.pretrain.latents import LatentSet, Lessons, encode_world
 from components.pretrain.subject import train_subject
 from components.pretrain.training import Clock, Stage, freeze, write_tensors
 from components.pretrain.world import World
@@ -21,7 +22,7 @@ from model.errors import InputError
 from model.judge.subject import SubjectNetwork
 
 STAGES = ("clip", "vit", "vae", "teacher", "student")
-FURTHER = ("clip", "vae", "teacher")  # stages that can begin from a finished network
+FURTHER = ("clip", "vae", "teacher", "student")  # stages that can begin from a finished network
 JUDGE = "subject"  # belongs to model/judge, not to the pair
 
 
@@ -29,7 +30,8 @@ JUDGE = "subject"  # belongs to model/judge, not to the pair
 class Recipe:
     """Steps and batch sizes of the stages; model/pocket/README.md says what made the shipped pair.
 
-    The steps of "student" count the regression and both kinds of step that come after it.
+    The steps of "student" count the regression and both kinds of step that come after it. Before
+    them the teacher learns `concepts` made-up concepts, each from `concept_views` compositions.
     """
 
     clip_steps: int = 700
@@ -42,6 +44,9 @@ class Recipe:
     latents: int = 600_000
     teacher_steps: int = 58_000
     teacher_batch: int = 256
+    concepts: int = 256
+    concept_views: int = 192
+    concept_steps: int = 128
     pairs: int = 49_152
     pair_steps: int = 12
     regression_steps: int = 2500
@@ -63,6 +68,9 @@ DRY = Recipe(
     latents=4,
     teacher_steps=2,
     teacher_batch=2,
+    concepts=2,
+    concept_views=3,
+    concept_steps=2,
     pairs=2,
     pair_steps=2,
     regression_steps=2,
@@ -167,16 +175,48 @@ class Kitchen:
 
     def _student(self) -> nn.Module:
         r, stage = self.recipe, self._stage("student", self.recipe.student_steps)
-        teacher = self._network("teacher")
-        data = self._data()
-        pairs = diffusion.teach_pairs(
-            self._network("teacher").to(self.dtype), data, r.pairs, r.pair_steps, self.dtype
-        )
+        teacher, lessons = self._network("teacher"), self._lessons()
+        moved = self._network("teacher").to(self.dtype)
+        let_move(moved)
+        pairs = diffusion.teach_pairs(moved, lessons, r.pairs, r.pair_steps, self.dtype)
+        start, weights = None, self._start("student")
+        if weights is not None:
+            start = networks.unet()
+            start.load_state_dict(weights)
         student = distillation.Student(
-            teacher, data, pairs, self.dtype, r.student_batch, r.regression_steps, r.compiled
+            teacher,
+            lessons,
+            pairs,
+            self.dtype,
+            r.student_batch,
+            r.regression_steps,
+            r.compiled,
+            start,
         )
         made: nn.Module = student.train(stage).averaged()
         return made
+
+    def _lessons(self) -> Lessons:
+        """The world's compositions and those of made-up concepts, with the teacher's adapters."""
+        r, data = self.recipe, self._data()
+        also, moves, which = train_adapters(
+            self._stage("adapters", r.concept_steps),
+            World(self.world_folder, self.device, drawn="seen"),
+            self._network("teacher"),
+            self._network("vae"),
+            freeze(vision.text_encoder_of(self._network("clip"))),
+            self.tokenizer,
+            self.dtype,
+            r.concepts,
+            r.concept_views,
+        )
+        both = LatentSet(
+            torch.cat([data.latents, also.latents]),
+            torch.cat([data.cover, also.cover]),
+            torch.cat([data.text, also.text]),
+            data.empty,
+        )
+        return Lessons(both, moves, which)
 
     def _subject(self) -> nn.Module:
         r, stage = self.recipe, self._stage(JUDGE, self.recipe.subject_steps)

@@ -22,6 +22,7 @@ from components.train import ranks
 from components.train.job import learning_rates, steps_done
 from model.concept import StudentWeights, TeacherWeights
 from model.discriminators import DiscriminatorHeads
+from model.errors import InputError
 from model.iteration import Frozen
 
 if TYPE_CHECKING:
@@ -105,8 +106,17 @@ def make_engine(
 def make_engines(
     spec: RunSpec, frozen: Frozen, states: Sequence[ConceptState]
 ) -> tuple[Any, Any, Any]:
-    """Build the engines of teacher, student and heads from states of the same iteration."""
+    """Build the engines of teacher, student and heads from states of the same iteration.
+
+    Raises:
+        InputError: for a student that cannot follow its teacher.
+    """
     settings, pair = spec.train, frozen.pair
+    if spec.method.follow and pair.teacher_layout != pair.student_layout:
+        raise InputError(
+            "method.follow needs a student whose cross-attention layers are its teacher's, which "
+            f"those of {pair.name} are not: set method.follow=false"
+        )
     learned, distilled = steps_done(spec, states[0].iteration)
     rates = learning_rates(spec, states[0].iteration)
     stacked: dict[str, State] = {
@@ -182,11 +192,32 @@ def read_state(engine: Any) -> State:
     state: State = {}
     inner = _inner_optimizer(engine)
     for name, parameter in engine.module.named_parameters():
-        state[name] = _whole(engine, parameter, None)
+        state[name] = _kept(_whole(engine, parameter, None))
         if isinstance(inner, torch.optim.AdamW):
             for moment in MOMENTS:
-                state[f"{moment}.{name}"] = _whole(engine, parameter, moment)
+                state[f"{moment}.{name}"] = _kept(_whole(engine, parameter, moment))
     return state
+
+
+def whole_parameter(engine: Any, name: str) -> torch.Tensor:
+    """Copy a whole parameter [N, ...] on its device; every rank must call it together."""
+    return _whole(engine, engine.module.get_parameter(name), None).clone()
+
+
+def move_parameter(engine: Any, name: str, move: torch.Tensor) -> None:
+    """Add a movement [N, ...], the same on every rank, to a parameter and what stands for it."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    parameter: Any = engine.module.get_parameter(name)
+    if hasattr(parameter, "ds_id"):
+        parameter.ds_tensor.data.add_(_own_part(parameter, move))
+        safe_set_local_fp32_param(parameter, parameter.ds_tensor.data)
+        if parameter.data.shape == parameter.ds_shape:  # small ones stay whole between steps
+            parameter.data.add_(move)
+        return
+    parameter.data.add_(move)
+    if _stage(engine):
+        safe_set_full_fp32_param(parameter, parameter.data)
 
 
 def concept_slice(state: State, n: int) -> State:
@@ -290,4 +321,8 @@ def _whole(engine: Any, parameter: Any, moment: str | None) -> torch.Tensor:
     else:
         value = safe_get_full_optimizer_state(parameter, moment)
     shape = parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
-    return value.detach().float().reshape(shape).cpu().clone()
+    return value.detach().float().reshape(shape)
+
+
+def _kept(value: torch.Tensor) -> torch.Tensor:
+    return value.cpu().clone()

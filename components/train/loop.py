@@ -23,8 +23,10 @@ from components.train.engines import (
     concept_slice,
     free,
     make_engines,
+    move_parameter,
     read_state,
     set_rates,
+    whole_parameter,
 )
 from components.train.graphs import Record, RecordedItems, cuda_graphs
 from components.train.job import (
@@ -268,11 +270,20 @@ class Segment:
         return values
 
     def _learn(self, batches: list[Batch], values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Item 1: step the teacher; returns each batch's text states from before the step."""
+        """Item 1: step the teacher, and the student where it follows.
+
+        Returns each batch's text states from before the step.
+        """
         learned = [self._teacher_loss(batch) for batch in batches]
         loss = _mean([loss for loss, _ in learned])
         values[f"{LOSS}rec"] = loss.detach()
-        values[f"{NORM}teacher"] = self._step(self.teacher, loss)
+        method = self.run.spec.method
+        if method.follow and method.order != "teacher":
+            before = whole_parameter(self.teacher, "kv")
+            values[f"{NORM}teacher"] = self._step(self.teacher, loss)
+            move_parameter(self.student, "kv", whole_parameter(self.teacher, "kv") - before)
+        else:
+            values[f"{NORM}teacher"] = self._step(self.teacher, loss)
         return [text_states for _, text_states in learned]
 
     @torch.no_grad()

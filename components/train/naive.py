@@ -103,7 +103,11 @@ class NaiveLoop:
         batch = self.draw(iteration)
         rec, text_states = self.teacher_loss(batch)
         self.of_teacher.backward(rec)
+        followed = _trained(self.teacher) if self.spec.method.follow else []
+        before = [each.detach().clone() for each in followed]
         self.of_teacher.step(rates["teacher"])
+        for mine, theirs, old in zip(_trained(self.student), followed, before, strict=False):
+            mine.data += theirs.detach() - old
         drawn = self.student_draw(text_states, batch)
         target = self.alignment_target(text_states, drawn, batch)
         parts = self.student_loss(drawn, target, batch)

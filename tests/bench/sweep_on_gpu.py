@@ -81,6 +81,8 @@ PLAN = (
     Configuration(8, 50, BANK, cuda_graphs=True),
     # From here on networks are rewritten, which is not undone.
     Configuration(8, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(12, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
+    Configuration(16, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
     Configuration(4, 300, BANK, channels_last=True, compiled=True, cuda_graphs=True),
     Configuration(1, 250, BANK, channels_last=True, compiled=True, cuda_graphs=True),
     Configuration(8, 90, BANK, channels_last=True, compiled=True, cuda_graphs=True, benchmark=True),

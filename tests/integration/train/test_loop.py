@@ -13,6 +13,7 @@ import torch
 
 from components.spec import resolve_spec
 from components.train.checkpoint import ConceptState, write_state
+from components.train.engines import make_engines
 from components.train.loop import Block, Watcher
 from components.train.members import Member
 from model.errors import InputError
@@ -31,13 +32,21 @@ from tests.unit.train.ranks import on_ranks
 
 STAGES = (0, 1, 2, 3)
 # One step of plain SGD without decay moves a weight by the rate times its clipped gradient.
-SGD = ("train.optimizer=sgd", "train.weight_decay=0", "train.iterations=1", "echo.rounds=0")
+SGD = (
+    "train.optimizer=sgd",
+    "train.weight_decay=0",
+    "train.iterations=1",
+    "train.student_lr=3e-4",  # at less a step is lost in round-off
+    "echo.rounds=0",
+)
 CLIP = 0.005  # under every gradient's norm
 # Parts of the method that are left out, to compare with.
 METHODS = {
     "teacher alone": ("method.order=teacher",),
     "sequential": ("method.order=sequential", "train.iterations=3", "echo.rounds=0"),
     "own text": ("method.shared_text=false",),
+    "led": ("train.student_lr=0",),
+    "alone in its way": ("method.follow=false",),
 }
 Results = dict[str, dict[str, ConceptState]]
 
@@ -94,7 +103,7 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     }
     results["reversed"] = states(trained(spec, concepts[::-1]))
     results["bf16"] = states(trained(tiny_spec(paths, "train.precision=bf16"), concepts))
-    clipped = tiny_spec(paths, *SGD, f"train.clip_norm={CLIP}")
+    clipped = tiny_spec(paths, *SGD, f"train.clip_norm={CLIP}", "method.follow=false")
     results["clipped"] = states(trained(clipped, concepts))
     results["no adversary"] = states(trained(tiny_spec(paths, "loss.adv_weight=0"), concepts))
     results["swd"] = states(trained(tiny_spec(paths, "loss.perceptual=swd"), concepts))
@@ -111,6 +120,7 @@ def one_rank(paths: Any, folder: Path) -> dict[str, Any]:
     results["one ahead"] = states(trained(spec, concepts, {"dog": results["half"]["dog"]}))
     results["damaged"] = from_a_damaged_checkpoint(spec, concepts, results["half"])
     results["start"] = first_states(spec, concepts)
+    results["unlike"] = from_unlike_networks(spec, concepts)
     broken = first_states(spec, concepts)
     broken["dog"].groups["student"]["kv"].fill_(1e38)
     run = trained(spec, concepts, {"dog": broken["dog"]})
@@ -144,6 +154,16 @@ def from_a_damaged_checkpoint(
             loaded(spec.model_copy(update={"seed": 9}), concepts[1:], None, (work,))
     told = {"error": str(caught.value), "other": str(other.value)}
     return {"found": found, "given": given, "stale": stale, **told}
+
+
+def from_unlike_networks(spec: Any, concepts: Any) -> str:
+    """What is said of a student that has other cross-attention layers than its teacher."""
+    frozen, members = loaded(spec, concepts)
+    layout = replace(frozen.pair.student_layout, names=frozen.pair.student_layout.names[::-1])
+    other = replace(frozen, pair=replace(frozen.pair, student_layout=layout))
+    with pytest.raises(InputError) as caught:
+        make_engines(spec, other, [member.state for member in members if member.state])
+    return str(caught.value)
 
 
 def first_states(spec: Any, concepts: Any) -> dict[str, ConceptState]:
@@ -190,7 +210,7 @@ def test_clipped_gradients_are_the_same(one, two, stage, name):
 
 
 def test_gradients_are_clipped_to_the_norm_per_concept_and_group(one):
-    train = resolve_spec("pocket").train
+    train = resolve_spec("pocket", None, SGD).train
     rates = {
         "teacher.kv": train.teacher_lr,
         "teacher.rows": train.token_lr,
@@ -297,10 +317,37 @@ def test_the_teacher_alone_learns_and_there_is_no_echo(one):
         assert state.echo_prompts == () and set(state.losses) == {"rec"}
 
 
+def movement(state: ConceptState, start: ConceptState, network: str) -> torch.Tensor:
+    return state.groups[network]["kv"] - start.groups[network]["kv"]
+
+
+def test_a_student_without_a_rate_of_its_own_is_led_all_the_way(one):
+    for name, state in one["led"].items():
+        start = one["start"][name]
+        teacher, student = (movement(state, start, each) for each in ("teacher", "student"))
+        assert torch.allclose(student, teacher, rtol=0, atol=2e-3 * float(teacher.abs().max()))
+
+
+def test_a_student_that_does_not_follow_learns_by_its_own_loss(one):
+    for name, state in one["alone in its way"].items():
+        start = one["start"][name]
+        teacher, student = (movement(state, start, each) for each in ("teacher", "student"))
+        led = movement(one["adamw.0"][name], start, "student")
+        assert torch.cosine_similarity(student.flatten(), teacher.flatten(), dim=0) < 0.5
+        assert torch.cosine_similarity(led.flatten(), teacher.flatten(), dim=0) > 0.9
+
+
+def test_a_student_of_other_layers_cannot_follow(one):
+    assert "method.follow" in one["unlike"] and "tiny" in one["unlike"]
+
+
 def test_one_after_the_other_each_network_learns_alone(one):
     for name, state in one["teacher is done"].items():
         assert state.iteration == 3
-        assert unmoved(state, one["start"][name]) == {"student.kv", "heads"}
+        start = one["start"][name]
+        assert unmoved(state, start) == {"heads"}
+        moves = [movement(state, start, each) for each in ("teacher", "student")]
+        assert torch.allclose(*moves, rtol=0, atol=2e-3 * float(moves[0].abs().max()))
         end = one["sequential"][name]
         assert end.iteration == 6
         assert unmoved(end, one["start"][name]) == set()

@@ -261,7 +261,7 @@ def test_without_a_world_the_first_command_is_named(tmp_path: Path) -> None:
 def test_the_shipped_pair_is_trained_further(tmp_path: Path, world_folder: Path) -> None:
     (tmp_path / "world").symlink_to(world_folder)
     at = ["--work", str(tmp_path), "--dry"]
-    take = ["take-shipped", *at, "--anew", "student", "--further", "vae,teacher"]
+    take = ["take-shipped", *at, "--further", "vae,teacher,student"]
     taken = CliRunner().invoke(app, take)
     assert taken.exit_code == 0, taken.output
     twice = CliRunner().invoke(app, take)
@@ -272,13 +272,20 @@ def test_the_shipped_pair_is_trained_further(tmp_path: Path, world_folder: Path)
     assert not (state / "clip.json").exists()  # kept, not trained
     assert json.loads((state / "teacher.json").read_text())["step"] == 1
     moved = []
-    for name in ("clip", "vae", "teacher"):
+    for name in ("clip", "vae", "teacher", "student"):
         shipped = pair.networks()[name].state_dict()
         for key, value in load_network(state, name).state_dict().items():
             assert torch.allclose(value, shipped[key], atol=1e-3), key
             if name == "vae" and not torch.equal(value, shipped[key]):
                 moved.append(key)
     assert moved and all(key.startswith("decoder.") for key in moved)
+
+
+def test_a_stage_that_is_made_anew_begins_from_nothing(tmp_path: Path) -> None:
+    taken = CliRunner().invoke(app, ["take-shipped", "--work", str(tmp_path), "--anew", "student"])
+    assert taken.exit_code == 0, taken.output
+    left = {path.name for path in (tmp_path / "state").iterdir()}
+    assert left == {f"final_{name}.safetensors" for name in ("clip", "vit", "vae", "teacher")}
 
 
 def test_of_a_clip_that_is_trained_further_the_vision_tower_learns(
