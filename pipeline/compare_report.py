@@ -148,7 +148,7 @@ def claims(found: Comparison) -> list[dict[str, Any]]:
     gain = difference(found, "teacher", "student_base", "identity_independent")
     rows.append(_claim("the teacher learned", gain))
     rows.append(_coverage(found))
-    for part in ("no_adversarial", "separate_text", "no_echo"):
+    for part in ("no_adversarial", "separate_text", "no_follow", "no_echo"):
         lead = difference(found, FULL, part, "identity_independent")
         rows.append(_claim(f"{part} costs identity", lead))
     raised = difference(found, "echodistill_teacher", "no_echo_teacher", "identity_independent")

@@ -7,7 +7,8 @@ from pathlib import Path
 from tests.integration.pipeline.commands import run
 
 WORDS = ("--methods", "student_base,custom_diffusion,echodistill", "--json")
-SIZES = ("--prompts", "2", "--seeds", "1", "--set", "train.iterations=2", "--set", "echo.samples=2")
+SETS = ("train.iterations=2", "echo.samples=2", "train.teacher_lr=3e-3", "train.student_lr=3e-3")
+SIZES = ("--prompts", "2", "--seeds", "1", *(word for each in SETS for word in ("--set", each)))
 
 
 def test_compare_trains_once_and_measures_every_method(
