@@ -19,7 +19,7 @@ import requests
 from PIL import Image
 
 from components.ingest import documents
-from components.train.claims import LEASE, Lease
+from components.train.claims import LEASE, LEASE_SECONDS, Lease
 from components.train.state import BatchView
 from tests.faults import Faults, faulty_proxy
 from tests.integration.pipeline.commands import environment, run
@@ -203,7 +203,7 @@ def test_cancelled_killed_and_gone_on(
         os.kill(process.pid, signal.SIGKILL)
     assert drivers
     retried = run("retry", batch, *there, "--json", cwd=tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LEASE_SECONDS + 30
     while retried.code and time.monotonic() < deadline:  # until Ray notices its death
         retried = run("retry", batch, *there, "--json", cwd=tmp_path)
     assert retried.code == 0, retried.stderr
