@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.pretrain import networks
-from components.pretrain.captions import TokenTable, with_article
+from components.pretrain.captions import with_article
 from components.pretrain.diffusion import predict
 from components.pretrain.latents import LatentSet, Noising, empty_ids, encode_pictures
 from components.pretrain.training import Stage, Trainee, freeze
@@ -143,13 +143,12 @@ def _compose(
     names = [world.names[i] for i in subjects.name.tolist()]
     plain = [tokenizer(name, add_special_tokens=False).input_ids for name in names]
     start = torch.stack([table[ids].mean(0) for ids in plain])
-    pieces = [tokenizer(p, add_special_tokens=False).input_ids if p else [] for p in words.pieces]
-    first = len(pieces)
+    pieces = []
     for number, (name, ids) in enumerate(zip(names, plain, strict=True)):
         article = with_article(name, plural=False).split()[0]
         before = tokenizer(article, add_special_tokens=False).input_ids
         pieces.append([*before, len(table) + number, *ids])
-    tokens = TokenTable(pieces, tokenizer, world.device)
+    tokens = words.table(tokenizer, pieces)
     found: list[tuple[Tensor, Tensor]] = []
     for number in range(concepts):
         row = torch.full((each,), number, device=world.device)
@@ -161,7 +160,7 @@ def _compose(
             brightness=subjects.brightness[row],
         )
         captions = world.captions(scenes, gen)
-        captions[:, 1] = first + number
+        captions[:, 1] = len(words.pieces) + number
         pictures, _ = world.render(scenes)
         found.append((encode_pictures(vae, pictures, gen, dtype), tokens(captions)))
     return _Compositions(torch.cat([z for z, _ in found]), torch.cat([i for _, i in found]), start)

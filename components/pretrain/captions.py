@@ -147,10 +147,13 @@ class Captioner:
         """The captions as text."""
         return [" ".join(self.pieces[i] for i in row if i) for row in pieces.tolist()]
 
-    def table(self, tokenizer: CLIPTokenizer) -> TokenTable:
-        """Look-up of tokens for the pieces (byte pair encoding never crosses a space)."""
+    def table(self, tokenizer: CLIPTokenizer, more: Iterable[list[int]] = ()) -> TokenTable:
+        """Look-up of tokens for the pieces (byte pair encoding never crosses a space).
+
+        `more` are tokens of further pieces, which come behind these.
+        """
         ids = [tokenizer(p, add_special_tokens=False).input_ids if p else [] for p in self.pieces]
-        return TokenTable(ids, tokenizer, self.device)
+        return TokenTable([*ids, *more], tokenizer, self.device)
 
 
 class TokenTable:

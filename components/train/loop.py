@@ -278,12 +278,11 @@ class Segment:
         loss = _mean([loss for loss, _ in learned])
         values[f"{LOSS}rec"] = loss.detach()
         method = self.run.spec.method
-        if method.follow and method.order != "teacher":
-            before = whole_parameter(self.teacher, "kv")
-            values[f"{NORM}teacher"] = self._step(self.teacher, loss)
+        follows = method.follow and method.order != "teacher"
+        before = whole_parameter(self.teacher, "kv") if follows else None
+        values[f"{NORM}teacher"] = self._step(self.teacher, loss)
+        if before is not None:
             move_parameter(self.student, "kv", whole_parameter(self.teacher, "kv") - before)
-        else:
-            values[f"{NORM}teacher"] = self._step(self.teacher, loss)
         return [text_states for _, text_states in learned]
 
     @torch.no_grad()
