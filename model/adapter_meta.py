@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from model import METHOD_VERSION
 from model.errors import InputError
-from model.names import CONCEPT_ID
-from model.text import TOKEN_PATTERN
+from model.names import CONCEPT_ID, TOKEN_PATTERN
 
 if TYPE_CHECKING:  # the networks' libraries take seconds
     from model.base_pair import BasePair

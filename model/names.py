@@ -5,6 +5,9 @@ import re
 CONCEPT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 """A concept's id: also a folder, a part of URLs and of registry names, so nothing else passes."""
 
+TOKEN_PATTERN = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]{0,30}>")
+"""What a concept's token string looks like, e.g. `<new1>` (match it whole)."""
+
 MODEL_PREFIX = "echodistill."
 """A concept's registered model is `echodistill.<concept id>`."""
 

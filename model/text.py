@@ -5,7 +5,6 @@ parameters of the concept, put in place of the table's output, so nothing else c
 """
 
 import copy
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ import torch
 from torch import nn
 
 from model.errors import InputError
-
-TOKEN_PATTERN = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]{0,30}>")
-"""What a concept's token string looks like, e.g. `<new1>` (match it whole)."""
 
 _lock = threading.RLock()
 _with_tokens: "WeakKeyDictionary[Any, dict[tuple[str, ...], Any]]" = WeakKeyDictionary()

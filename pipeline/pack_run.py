@@ -24,10 +24,9 @@ from components.register.connection import RegistryAwayError
 from components.register.registry import RegisteredVersion
 from components.register.took import already_note
 from components.spec import RunSpec
-from components.train.checkpoint import MANIFEST
 from components.train.finished import adapters_folder, finished
 from components.train.handover import hand_over
-from components.train.job import STATES, TrainedConcept
+from components.train.job import MANIFEST, STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
 from model.errors import AwayError, EchoDistillError, InputError, ServiceError

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -269,14 +270,18 @@ class PackRunner:
         self._force = force
         self._progress = progress
         self._listen = listen or relay(progress)
-        if assessor is None:
-            from pipeline.assess import Assessor  # it loads the networks' libraries
-
-            assessor = Assessor(spec, registry, progress)
-        self._assessor = assessor
+        self._given_assessor = assessor
         self._patience = Patience(
             patience, lambda text: progress(Event("register", "MLflow", text))
         )
+
+    @cached_property
+    def _assessor(self) -> Assesses:
+        if self._given_assessor is not None:
+            return self._given_assessor
+        from pipeline.assess import Assessor  # it loads the networks' libraries
+
+        return Assessor(self._spec, self._registry, self._progress)
 
     def already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
         """Find the concepts that are registered under their digest, and finish them."""

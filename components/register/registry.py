@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from components.ingest.cache import disk_error
 from components.register.connection import code_of, connect, experiment_id, reaching
-from model.adapter import Adapter, load_adapter
 from model.errors import EchoDistillError, InputError
 from model.names import (
     ADAPTER_ARTIFACT,
@@ -26,8 +25,9 @@ from model.names import (
     SPEC_DIGEST_TAG,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds, and who only looks versions up needs none
     from components.ingest.concept_folder import Concept
+    from model.adapter import Adapter
 
 _MODEL_FILE = Path(__file__).parent / "pyfunc_model.py"
 _PAGE = 1000  # the most that MLflow gives of models in one answer
@@ -83,6 +83,8 @@ def register_adapter(
     Raises InputError when the folder is not this concept's whole adapter, ServiceError when
     the MLflow server is out of reach.
     """
+    from model.adapter import load_adapter
+
     adapter = load_adapter(adapter_dir)
     digest = _own_digest(adapter, concept, adapter_dir)
     client = connect(tracking_uri)
@@ -206,6 +208,8 @@ def version_tags(adapter: Adapter) -> dict[str, str]:
 def _save_pyfunc(model: Any, adapter: Adapter, folder: Path, scratch: Path) -> None:
     """Write the MLflow model: this package's model file, the adapter folder, the signature."""
     import mlflow.pyfunc
+
+    from model.adapter import load_adapter
 
     # MLflow names an artifact by its folder; what is copied is what was just verified.
     named = scratch / "adapter"
@@ -406,6 +410,8 @@ def fetch_adapter(version: RegisteredVersion, folder: Path, *, tracking_uri: str
     Raises InputError when the adapter's sha256 is not the tag's, ServiceError when the
     server or its artifact store is out of reach.
     """
+    from model.adapter import load_adapter
+
     client = connect(tracking_uri)
     with reaching(tracking_uri):
         from mlflow.artifacts import download_artifacts

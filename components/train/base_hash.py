@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import model
 from components.ingest.cache import cache_root, replacing
 from components.ingest.store import is_local_model, local_path, resolve_model
 from components.spec import RunSpec
@@ -72,10 +73,8 @@ def _kept(kind: str, place: Path, compute: Callable[[], str]) -> str:
 
     It is kept under the names, sizes and times of the files and the code that reads them.
     """
-    from model import base_pair
-
     facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(place)]
-    readers = (Path(base_pair.__file__), Path(__file__))
+    readers = (Path(model.__file__).with_name("base_pair.py"), Path(__file__))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in readers]
     key = hashlib.sha256(json.dumps([kind, code, facts]).encode()).hexdigest()
     kept = cache_root() / "base-hashes" / key

@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from components.train.job import MANIFEST
 from model.errors import InputError
 
 if TYPE_CHECKING:  # the networks' libraries take seconds
     from components.train.engines import State
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 GROUPS = ("teacher", "student", "heads")
 ECHO = "echo"
 

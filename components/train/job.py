@@ -13,8 +13,9 @@ from components.ingest.concept_folder import Concept
 from components.spec import RunSpec, spec_digest
 from components.train.delivery import Entry, TrackingSettings
 
-# What a checkpoint folder holds; the last two only in a run's last one.
+# What a checkpoint folder holds; adapters and results only in a run's last one.
 STATES = "states"
+MANIFEST = "manifest.json"  # of each concept's state
 ADAPTERS = "adapters"
 RESULTS = "pack.json"
 

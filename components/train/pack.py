@@ -147,7 +147,7 @@ def _fit(job: PackJob, storage: str) -> Any:
     from ray.train import TrainingFailedError as Failed
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from components.train.worker import train_func
+    from components.train.entry import train_func
 
     settings = job.spec.train
     use_gpu = uses_cuda(settings.device)

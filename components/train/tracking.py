@@ -17,15 +17,17 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from components.ingest import store
 from components.ingest.concept_folder import Concept
 from components.spec import RunSpec
 from components.train.delivery import Delivery, Entry, TrackingSettings, is_hopeless
+
+if TYPE_CHECKING:  # it takes seconds, and who only asks for the settings needs none
+    import torch
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 20.0  # seconds between two tries
 _LAST_SECONDS = 60.0  # that the queue gets at the end, and when the last try failed:

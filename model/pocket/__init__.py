@@ -13,13 +13,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from model.errors import ServiceError
-from model.pocket.storage import unpack
+
+if TYPE_CHECKING:  # torch takes seconds, and only who is the first to ask unpacks anything
+    from torch import Tensor
 
 _HERE = Path(__file__).parent
 _UNET = "diffusion_pytorch_model.safetensors"
@@ -116,9 +117,15 @@ def _copy_layout(work: Path) -> None:
 
 
 def _stored(name: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    from model.pocket.storage import unpack
+
     return unpack(load_file(_HERE / "weights" / f"{name}.safetensors"))
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})

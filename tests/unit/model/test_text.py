@@ -11,7 +11,8 @@ import torch
 from model.base_pair import BasePair
 from model.concept import TeacherWeights, initial_row
 from model.errors import InputError
-from model.text import TOKEN_PATTERN, check_length, encode, tokenize
+from model.names import TOKEN_PATTERN
+from model.text import check_length, encode, tokenize
 
 TOKENS = ("<new1>", "<new2>")
 

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
-HEAVY = {"diffusers", "transformers", "deepspeed", "mlflow", "ray"}
+HEAVY = {"torch", "diffusers", "transformers", "deepspeed", "mlflow", "ray"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.drive", "pipeline.pack_run", "pipeline.submit"])
+@pytest.mark.parametrize(
+    "module",
+    ["pipeline.drive", "pipeline.pack_run", "pipeline.submit", "components.train.entry"],
+)
 def test_a_driver_and_its_packs_load_no_networks(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"
     answer = subprocess.run(
