@@ -1,7 +1,12 @@
-"""Runs a function on several processes joined by gloo, with no Ray: quick, and no cluster."""
+"""Runs a function on several processes joined by gloo, with no Ray: quick, and no cluster.
+
+The ranks are forked from a server that has loaded the libraries once; loading takes each of them
+fifteen seconds otherwise.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -12,17 +17,33 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+# The last one DeepSpeed imports late; with it comes torch's compiler.
+LIBRARIES = [
+    "components.train.worker",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
+
 
 def _entry(
-    rank: int, world: int, port: int, out: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    port: int,
+    out: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()  # the server has that of the moment when it was started
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    gc.freeze()  # DeepSpeed collects garbage often, and would go through all libraries
     torch.set_num_threads(1)
     from components.train.engines import start_deepspeed
 
@@ -38,5 +59,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        multiprocessing.spawn(_entry, (world, port, out, function, args), nprocs=world)
+        multiprocessing.set_forkserver_preload(LIBRARIES)
+        arguments = (world, port, out, dict(os.environ), function, args)
+        multiprocessing.start_processes(_entry, arguments, world, start_method="forkserver")
         return [torch.load(Path(out) / f"{rank}.pt", weights_only=False) for rank in range(world)]
