@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,18 +70,17 @@ def generate(
             long, or a base that is not the adapter's.
         ServiceError: when the registry is out of reach or the disk is full.
     """
-    import time
-
-    from model.adapter import prompt_for
-    from model.base_pair import load_base_pair
-    from model.sampler import draw
-    from model.text import check_length
-
     if steps not in STEPS:
         raise InputError(f"--steps {steps} is not offered: the student draws in 1, 2 or 4")
     if not 1 <= n <= LARGEST_N:
         raise InputError(f"--n {n} is out of range: ask for 1 to {LARGEST_N} pictures")
     version = find_version(concept, tracking_uri)
+    # What can be refused without the networks' libraries is refused before they are loaded.
+    from model.adapter import prompt_for
+    from model.base_pair import load_base_pair
+    from model.sampler import draw
+    from model.text import check_length
+
     progress(Event("load", version.concept_id, f"version {version.version}"))
     adapter = load_version(version, tracking_uri)
     words = prompt_for(adapter.meta, prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integration.pipeline.commands import run
+from tests.integration.pipeline.commands import run, run_here
 
 WORDS = ("--methods", "student_base,custom_diffusion,echodistill", "--json")
 SETS = ("train.iterations=2", "echo.samples=2", "train.teacher_lr=3e-3", "train.student_lr=3e-3")
@@ -35,5 +35,5 @@ def test_compare_trains_once_and_measures_every_method(
 
 
 def test_a_method_that_is_not_known(concepts: Path, tmp_path: Path) -> None:
-    done = run("compare", str(concepts), "--methods", "dreambooth", "--json", cwd=tmp_path)
+    done = run_here("compare", str(concepts), "--methods", "dreambooth", "--json", cwd=tmp_path)
     assert done.code == 2 and "there is no method 'dreambooth'" in done.error

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.pipeline.commands import Finished, run, start
+from tests.integration.pipeline.commands import Finished, run, run_here, start
 from tests.integration.pipeline.processes import MARK, left_behind, marked, new_mark
 
 QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
@@ -49,7 +49,7 @@ def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) ->
     paths = [tmp_path / path for path in document["image_paths"]]
     first = [path.read_bytes() for path in paths]
     assert Image.open(paths[0]).size == (32, 32) and first[0] != first[1]
-    run(*words, cwd=tmp_path)
+    assert run_here(*words, cwd=tmp_path).code == 0
     assert [path.read_bytes() for path in paths] == first, "the same seeds, other pictures"
 
     # A candidate that does not pass the gate is told by the exit code; the champion stays.
@@ -59,14 +59,16 @@ def test_train_then_generate(tiny_base: Path, concepts: Path, tmp_path: Path) ->
     (second,) = done.document["concepts"]
     assert (second["state"], second["version"], second["promoted"]) == ("trained", "2", False)
     assert second["error"] is None and "clip_t" in second["note"]
-    assert run(*words, cwd=tmp_path).document["version"] == "1"
+    assert run_here(*words, cwd=tmp_path).document["version"] == "1"
 
-    refused(run("generate", "my-cat", "a cat", "--json", cwd=tmp_path), 2, "my-cat", "train it")
-    refused(run("generate", "my-dog@9", "a dog", "--json", cwd=tmp_path), 2, "version 9", "(1, 2)")
-    refused(run("generate", "My Dog", "a dog", "--json", cwd=tmp_path), 2, "such as my-dog")
-    nowhere = run("generate", "my-dog", "a dog", "-o", "/dev/null/x", "--json", cwd=tmp_path)
+    unknown = run_here("generate", "my-cat", "a cat", "--json", cwd=tmp_path)
+    refused(unknown, 2, "my-cat", "train it")
+    ninth = run_here("generate", "my-dog@9", "a dog", "--json", cwd=tmp_path)
+    refused(ninth, 2, "version 9", "(1, 2)")
+    refused(run_here("generate", "My Dog", "a dog", "--json", cwd=tmp_path), 2, "such as my-dog")
+    nowhere = run_here("generate", "my-dog", "a dog", "-o", "/dev/null/x", "--json", cwd=tmp_path)
     refused(nowhere, 2, "/dev/null/x can't be written")
-    refused(run("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
+    refused(run_here("generate", "my-dog", "a cat", "--json", cwd=tmp_path), 2, "<new1>", "dog")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
