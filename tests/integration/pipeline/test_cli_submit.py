@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from components.ingest import documents
 from components.train.claims import LEASE, LEASE_SECONDS, Lease
 from components.train.state import BatchView
 from tests.faults import Faults, faulty_proxy
-from tests.integration.pipeline.commands import environment, run
-from tests.integration.pipeline.processes import MARK, left_behind, new_mark
+from tests.integration.pipeline.commands import environment, run, run_here
+from tests.integration.pipeline.processes import MARK, marked, new_mark
 from tests.manifests.rendered import containers, sets
 from tests.unit.pipeline.test_batch import planned
 
@@ -63,8 +64,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     finally:
         ray.send_signal(signal.SIGTERM)
         ray.wait(60)
-        for pid in left_behind(mark, 20):
-            psutil.Process(pid).kill()
+        for pid in marked(mark):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                psutil.Process(pid).kill()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -77,9 +79,10 @@ def wait_for(condition: Callable[[Any], bool], *words: str, cwd: Path) -> Any:
     """Ask for the status until it is such; gives the document."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        done = run("status", *words, "--json", cwd=cwd)
+        done = run_here("status", *words, "--json", cwd=cwd)
         if done.code in (0, 1) and condition(done.document):
             return done.document
+        time.sleep(0.2)  # what is waited for wants the processors, too
     raise AssertionError(done.stdout + done.stderr)
 
 
@@ -105,14 +108,14 @@ def test_a_batch_with_broken_folders(
     there = ("--address", cluster)
 
     # What is wrong is told before anything is submitted.
-    refused = run(*words, *there, "--strict", cwd=tmp_path)
+    refused = run_here(*words, *there, "--strict", cwd=tmp_path)
     assert refused.code == 1, refused.stderr
     assert refused.document["batch"] is None and refused.document["counts"] == {"invalid": 3}
     refused = run(*words, *there, cwd=tmp_path, RAY_AUTH_TOKEN="wrong" * 8)
     assert refused.code == 2 and "RAY_AUTH_TOKEN" in refused.error, refused.stderr
-    refused = run(*words, "--address", "http://127.0.0.1:9", cwd=tmp_path)
+    refused = run_here(*words, "--address", "http://127.0.0.1:9", cwd=tmp_path)
     assert refused.code == 3 and "--address" in refused.error, refused.stderr
-    assert run("status", cwd=tmp_path).code == 2
+    assert run_here("status", cwd=tmp_path).code == 2
 
     # Two are done, three are named; the storage alone tells it again.
     done = run(*words, *there, "--wait", cwd=tmp_path)
@@ -126,9 +129,9 @@ def test_a_batch_with_broken_folders(
         assert found[name]["state"] == "invalid" and found[name]["error"]
     status = run("status", "--json", cwd=tmp_path, RAY_AUTH_TOKEN="")
     assert status.code == 1 and status.document == done.document
-    table = run("status", done.document["batch"], cwd=tmp_path)
+    table = run_here("status", done.document["batch"], cwd=tmp_path)
     assert "my-robot" in table.stdout and "2 trained" in table.stdout
-    logs = run("logs", "my-dog", *there, cwd=tmp_path)
+    logs = run_here("logs", "my-dog", *there, cwd=tmp_path)
     assert "register" in logs.stdout and "my-robot register" not in logs.stdout
     assert all("my-dog" in line for line in logs.stdout.splitlines())
 
@@ -141,11 +144,11 @@ def test_a_batch_with_broken_folders(
     assert not faults.plan and again.stderr.count("goes on by itself") == 1, again.stderr
     assert again.document["batch"] != done.document["batch"]
     # The last one is meant where none is named, and there is nothing to try again.
-    nothing = run("retry", "--failed", *there, "--json", cwd=tmp_path)
+    nothing = run_here("retry", "--failed", *there, "--json", cwd=tmp_path)
     assert nothing.code == 1 and nothing.document["batch"] == again.document["batch"]
     assert "nothing is left to do" in nothing.stderr
     assert nothing.document["job"] == again.document["job"]
-    picture = run("generate", "my-dog", "a dog on the beach", "--json", cwd=tmp_path)
+    picture = run_here("generate", "my-dog", "a dog on the beach", "--json", cwd=tmp_path)
     assert picture.code == 0 and picture.document["sha256"] == found["my-dog"]["sha256"]
 
 
@@ -153,14 +156,14 @@ def test_a_batch_that_another_cluster_drives_is_left_to_it(cluster: str, tmp_pat
     batch = planned(tmp_path, "fox")
     lease = Lease(batch.uri, "elsewhere-j1")
     for command in ("cancel", "retry"):
-        refused = run(command, batch.uri, "--address", cluster, "--json", cwd=tmp_path)
+        refused = run_here(command, batch.uri, "--address", cluster, "--json", cwd=tmp_path)
         assert refused.code == 2 and "job elsewhere-j1" in refused.error, refused.stderr
         assert BatchView(batch.uri).read().state == "running"
     lease.end("done")
     # One that died is known by its lease: a cancelled batch of it is cancelled, wherever.
     dead = {"holder": "x", "job": "elsewhere-j1", "ended": None, "expires": time.time() - 1}
     documents.write(f"{batch.uri}/{LEASE}", dead)
-    done = run("cancel", batch.uri, "--address", cluster, "--json", cwd=tmp_path)
+    done = run_here("cancel", batch.uri, "--address", cluster, "--json", cwd=tmp_path)
     assert done.code == 0 and done.document["state"] == "cancelled", done.stderr
 
 
@@ -175,7 +178,7 @@ def test_cancelled_killed_and_gone_on(
     batch = begun.document["uri"]
     first = wait_for(lambda found: by_id(found)["my-dog"]["iteration"] > 0, batch, cwd=tmp_path)
     assert first["state"] == "running" and by_id(first)["my-dog"]["state"] == "training"
-    refused = run("retry", batch, *there, "--json", cwd=tmp_path)
+    refused = run_here("retry", batch, *there, "--json", cwd=tmp_path)
     assert refused.code == 2 and "is being worked on" in refused.error
 
     cancelled = run("cancel", batch, *there, "--json", cwd=tmp_path)
@@ -202,10 +205,10 @@ def test_cancelled_killed_and_gone_on(
     for process in drivers:
         os.kill(process.pid, signal.SIGKILL)
     assert drivers
-    retried = run("retry", batch, *there, "--json", cwd=tmp_path)
+    retried = run_here("retry", batch, *there, "--json", cwd=tmp_path)
     deadline = time.monotonic() + LEASE_SECONDS + 30
     while retried.code and time.monotonic() < deadline:  # until Ray notices its death
-        retried = run("retry", batch, *there, "--json", cwd=tmp_path)
+        retried = run_here("retry", batch, *there, "--json", cwd=tmp_path)
     assert retried.code == 0, retried.stderr
     wait_for(lambda found: found["state"] == "running", batch, cwd=tmp_path)
     assert run("cancel", batch, *there, cwd=tmp_path).code == 0
