@@ -17,6 +17,7 @@ from components.pretrain.training import Stage, Trainee, cosine, freeze, graphed
 from model.compiling import allow_variants
 
 WHOLE = 0.6  # share of the adapters that are followed as they are
+PURE = 0.9  # share of the starts that are pure noise, as for a picture in one step
 _VARIANTS = 64  # three networks share one code, each with and without gradient
 
 
@@ -115,7 +116,7 @@ class Student:
     def _start(self, z0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """What the student starts from: mostly pure noise at t = 999, else a later step's z_t."""
         later = (self._rand() * 3).long() + 1
-        t = self.times[torch.where(self._rand() < 0.7, 0, later)]
+        t = self.times[torch.where(self._rand() < PURE, 0, later)]
         pure = (t == self.times[0]).view(-1, 1, 1, 1)
         _, sigma = self.noising.split(t)
         return torch.where(pure, sigma * noise, self.noising.add(z0, noise, t)), t

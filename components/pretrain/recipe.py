@@ -44,7 +44,7 @@ class Recipe:
     latents: int = 600_000
     teacher_steps: int = 58_000
     teacher_batch: int = 256
-    concepts: int = 256
+    concepts: int = 512
     concept_views: int = 192
     concept_steps: int = 128
     pairs: int = 49_152
