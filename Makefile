@@ -24,9 +24,9 @@ demo: $(STAMP) ## Train two sample concepts end to end, serve them, write runs/d
 	@$(VENV)/bin/echodistill demo
 
 test: $(STAMP) ## Run every test that needs no GPU
-	@# Two processes: a Ray driver that has lived through the integration tests can end a process
-	@# that starts ranks of its own.
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_house.py tests/unit
+	@# Two calls: a Ray driver that has lived through the integration tests can end a process
+	@# that starts ranks of its own. Those share a cluster, so they run one after the other.
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal tests/test_house.py tests/unit
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/integration tests/chaos
 
 chaos: $(STAMP) ## Train twelve concepts under twenty-five faults; takes many minutes
