@@ -14,9 +14,9 @@ from model.base_pair import BasePair
 from model.cross_attention import keys_values
 from model.randomness import generator, normal
 from model.schedule import NoiseSchedule
+from model.settings import TEACHER_STEPS
 from model.text import Prompts, cat, encode, tokenize
 
-TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
 _Rows = slice | torch.Tensor
 _CONCEPT_FREE = "picture"  # noise is keyed by the seed alone, not by who asks

@@ -7,6 +7,9 @@ so `model/` needs no pydantic. A probability or share is in [0, 1], a weight is 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+TEACHER_STEPS = 25
+"""Network evaluations of a teacher's picture, where nothing else is asked for."""
+
 _FORBID_EXTRA: dict[str, str] = {"extra": "forbid"}
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from components.spec import RunSpec, with_settings
 from components.train.job import total_iterations
 from model.errors import InputError
-from model.sampler import TEACHER_STEPS
+from model.settings import TEACHER_STEPS
 
 Drawer = Literal["base", "student", "teacher"]
 

@@ -72,8 +72,6 @@ def compare(
     output: Output = context.obj
     from components.spec import resolve_spec
     from pipeline.base import base_settings
-    from pipeline.compare import ask, compare, load_concepts
-    from pipeline.compare_report import document, table, write_grid
     from pipeline.methods import QUICK, choose
     from pipeline.services import abort_training, local_ray, quiet_libraries
 
@@ -84,6 +82,10 @@ def compare(
     fast = QUICK_SETTINGS if quick else []
     resolved = resolve_spec(preset, spec, [*own, storage, *fast, *(sets or [])])
     chosen = choose(methods, QUICK if quick else None)
+    # What can be refused without the networks' libraries is refused before they are loaded.
+    from pipeline.compare import ask, compare, load_concepts
+    from pipeline.compare_report import document, table, write_grid
+
     found = load_concepts(concepts, limit or (QUICK_CONCEPTS if quick else None))
     question = ask(
         found,
