@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from components.ingest import documents, store
@@ -25,7 +26,7 @@ State = Literal[
     "already",  # the registry had it
     "failed",
     "cancelled",  # the batch was, before its end
-    "interrupted",  # its driver is gone: `retry` goes on
+    "interrupted",  # nobody hears of its driver: `retry` goes on
 ]
 BatchState = Literal["queued", "running", "done", "cancelled", "failed", "interrupted"]
 OVER: tuple[State, ...] = ("invalid", "trained", "already", "failed")
@@ -174,7 +175,7 @@ def status_of(
     if state == "queued":  # for its next driver
         concepts = {name: _queued(one) for name, one in concepts.items()}
     elif state not in ("running", "done"):
-        concepts = {name: _left(one, state, batch) for name, one in concepts.items()}
+        concepts = {name: _left(one, state, batch, lease) for name, one in concepts.items()}
     return BatchStatus(
         batch, state, tuple(concepts.values()), lease.get("job"), found.get("registry"), error
     )
@@ -223,13 +224,18 @@ def _queued(one: ConceptState) -> ConceptState:
     return one if one.over else replace(one, state="queued", note="")
 
 
-def _left(one: ConceptState, state: BatchState, batch: Batch) -> ConceptState:
-    """Say what a concept is at that no driver works on any more."""
+def _left(
+    one: ConceptState, state: BatchState, batch: Batch, lease: Mapping[str, Any]
+) -> ConceptState:
+    """Say what a concept is at that no driver works on any more, as far as anybody heard."""
     if one.over:
         return one
     if state == "cancelled":
         return replace(one, state="cancelled", note="")
-    why = "its driver is gone" if state == "interrupted" else "its driver could not go on"
+    why = "its driver could not go on"
+    if state == "interrupted":
+        beat = datetime.fromtimestamp(lease["beat"], UTC)
+        why = f"its driver was last heard of at {beat:%Y-%m-%dT%H:%M:%SZ}"
     # By URI: a name alone is looked for below this machine's own storage.
     told = f"{why}: echodistill retry {batch.uri} goes on where it was"
     return replace(one, state="interrupted", error=told)

@@ -161,7 +161,8 @@ def test_a_batch_that_another_cluster_drives_is_left_to_it(cluster: str, tmp_pat
         assert BatchView(batch.uri).read().state == "running"
     lease.end("done")
     # One that died is known by its lease: a cancelled batch of it is cancelled, wherever.
-    dead = {"holder": "x", "job": "elsewhere-j1", "ended": None, "expires": time.time() - 1}
+    dead = {"holder": "x", "job": "elsewhere-j1", "ended": None}
+    dead |= {"beat": time.time() - 99, "expires": time.time() - 1}
     documents.write(f"{batch.uri}/{LEASE}", dead)
     done = run_here("cancel", batch.uri, "--address", cluster, "--json", cwd=tmp_path)
     assert done.code == 0 and done.document["state"] == "cancelled", done.stderr

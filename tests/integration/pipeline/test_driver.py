@@ -222,7 +222,7 @@ def test_what_was_begun_goes_on_whoever_died(
     assert states(driven(second)) == states(found), "what failed waits for --failed"
     documents.write(
         f"{second.uri}/{LEASE}",
-        {"holder": "dead", "job": "j", "ended": None, "expires": time.time() - 1},
+        {"holder": "dead", "job": "j", "ended": None, "beat": 0.0, "expires": time.time() - 1},
     )
     found = driven(second, failed=True)
     assert states(found) == {"my-dog": "trained", "my-robot": "trained"}

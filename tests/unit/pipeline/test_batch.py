@@ -144,12 +144,14 @@ def test_what_the_documents_say(tmp_path: Path) -> None:
     assert set(document["concepts"][0]) >= {"id", "state", "version", "digest", "seconds", "error"}
 
     # The driver is gone: nobody wrote anything, and the reader knows.
-    documents.write(f"{batch.uri}/{LEASE}", {**lease, "expires": time.time() - 1})
+    heard = {"beat": 1796026821.5, "expires": time.time() - 1}
+    documents.write(f"{batch.uri}/{LEASE}", {**lease, **heard})
     status = view.read()
     assert status.state == "interrupted" and status.over
     assert [one.state for one in status.concepts] == ["already", "interrupted", "invalid", "failed"]
     # Advice that works from everywhere: a name alone is looked for below `runs/train`.
     assert f"echodistill retry {batch.uri} goes on" in (status.concepts[1].error or "")
+    assert "last heard of at 2026-11-30T08:20:21Z" in (status.concepts[1].error or "")
     documents.write(f"{batch.uri}/{LEASE}", {**alive, "ended": "cancelled"})
     assert [one.state for one in view.read().concepts][1] == "cancelled"
 
