@@ -110,18 +110,19 @@ class Lease:
             try:
                 if not self._renew_once():
                     self.lost.set()
-                    return
             except EchoDistillError as error:  # the store may be back before the lease runs out
                 log.warning("the lease on %s could not be renewed: %s", self.uri, error)
             self._say_how_late(awake - asleep - self._seconds / 3, time.monotonic() - awake)
+            if self.lost.is_set():
+                return
             asleep = time.monotonic()
 
     def _say_how_late(self, late: float, took: float) -> None:
         """Leave a trace of a driver that lives and that others take for dead all the same."""
         if late + took > self._seconds / 3:
             log.warning(
-                "the lease on %s was renewed late: its thread was woken after %.0f s more than "
-                "were asked for, and writing took %.0f s",
+                "the lease on %s is late: its thread was woken %.0f s after it was to be, and "
+                "writing took %.0f s",
                 self.uri,
                 late,
                 took,

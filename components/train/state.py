@@ -234,8 +234,10 @@ def _left(
         return replace(one, state="cancelled", note="")
     why = "its driver could not go on"
     if state == "interrupted":
-        beat = datetime.fromtimestamp(lease["beat"], UTC)
-        why = f"its driver was last heard of at {beat:%Y-%m-%dT%H:%M:%SZ}"
+        why = "its driver never began"
+        if "beat" in lease:
+            beat = datetime.fromtimestamp(lease["beat"], UTC)
+            why = f"its driver was last heard of at {beat:%Y-%m-%dT%H:%M:%SZ}"
     # By URI: a name alone is looked for below this machine's own storage.
     told = f"{why}: echodistill retry {batch.uri} goes on where it was"
     return replace(one, state="interrupted", error=told)

@@ -73,7 +73,7 @@ def run(*arguments: str, cwd: Path, timeout: float = 240, **env: str) -> Finishe
 def run_here(*arguments: str, cwd: Path, **env: str) -> Finished:
     """Run `echodistill` as `run` does, in this process: it need not load all libraries again.
 
-    For commands that start nothing, where not the process but what it says is tested.
+    For commands that start no cluster, where not the process but what it says is tested.
     """
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch) / name for name in ("stdout", "stderr")]

@@ -25,7 +25,7 @@ from components.train.batch import (
     storage_for,
     upload_photos,
 )
-from components.train.claims import LEASE, Lease
+from components.train.claims import LEASE, Lease, end_lease
 from components.train.state import FOUND, PACKS, BatchView, ConceptState, as_facts
 from model.errors import InputError
 from pipeline.driver import Driver, _Flight, _Turn
@@ -154,6 +154,13 @@ def test_what_the_documents_say(tmp_path: Path) -> None:
     assert "last heard of at 2026-11-30T08:20:21Z" in (status.concepts[1].error or "")
     documents.write(f"{batch.uri}/{LEASE}", {**alive, "ended": "cancelled"})
     assert [one.state for one in view.read().concepts][1] == "cancelled"
+
+
+def test_a_driver_that_never_began_was_never_heard_of(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "a")
+    end_lease(batch.uri, "interrupted")
+    one = next(each for each in BatchView(batch.uri).read().concepts if each.id == "a")
+    assert one.state == "interrupted" and "its driver never began" in (one.error or "")
 
 
 def test_a_failed_concept_names_the_command_that_tries_it_again(tmp_path: Path) -> None:

@@ -42,6 +42,17 @@ def test_a_lease_that_is_not_renewed_runs_out(tmp_path: Path) -> None:
     assert after is not None and after.value["holder"] == "another" and not after.value["ended"]
 
 
+def test_a_lease_that_is_late_leaves_a_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = Lease(str(tmp_path / "b1"), "job-1", seconds=300)
+    lease._say_how_late(99.0, 0.5)
+    assert not caplog.records
+    lease._say_how_late(99.0, 2.0)
+    lease.end("done")
+    assert "woken 99 s after" in caplog.text and "writing took 2 s" in caplog.text
+
+
 def test_a_lease_ends_though_the_answer_to_its_last_renewal_was_lost(tmp_path: Path) -> None:
     lease = Lease(str(tmp_path / "b1"), "job-1")
     place = f"{tmp_path}/b1/{LEASE}"

@@ -12,7 +12,16 @@ HEAVY = {"torch", "diffusers", "transformers", "deepspeed", "mlflow", "ray"}
 
 @pytest.mark.parametrize(
     "module",
-    ["pipeline.drive", "pipeline.pack_run", "pipeline.submit", "components.train.entry"],
+    [
+        "pipeline.drive",
+        "pipeline.pack_run",
+        "pipeline.submit",
+        "components.train.entry",
+        # What they refuse, they refuse at once.
+        "pipeline.generate",
+        "pipeline.evaluate",
+        "pipeline.methods",
+    ],
 )
 def test_a_driver_and_its_packs_load_no_networks(module: str) -> None:
     code = f"import {module}, sys; print(*sys.modules)"

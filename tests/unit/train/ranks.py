@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def _entry(
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Calls `function(*args)` on `world` ranks; returns what each rank returned, by rank."""
+    multiprocessing.set_forkserver_preload(LIBRARIES)
+    forkserver.ensure_running()  # it takes seconds, in which others would take the port
     with socket.socket() as free, tempfile.TemporaryDirectory() as out:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        multiprocessing.set_forkserver_preload(LIBRARIES)
         arguments = (world, port, out, dict(os.environ), function, args)
         multiprocessing.start_processes(_entry, arguments, world, start_method="forkserver")
         return [torch.load(Path(out) / f"{rank}.pt", weights_only=False) for rank in range(world)]
