@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from components.evaluate.evaluate import Metrics
-from components.evaluate.measure import MEASURED, Measurer
 from components.ingest.concept_folder import Concept
 from components.promote.promote import GATE_TAG, Decision, promote
 from components.register.registry import RegisteredVersion, get_version
 from components.spec import RunSpec
-from model.names import CHAMPION
+from model.names import CHAMPION, MEASURED
 from pipeline.progress import Event, Progress
+
+if TYPE_CHECKING:  # the networks' libraries take seconds, and a version may be measured already
+    from components.evaluate.evaluate import Metrics
+    from components.evaluate.measure import Measurer
 
 
 class Assessor:
@@ -21,7 +25,12 @@ class Assessor:
         self._spec = spec
         self._registry = registry
         self._progress = progress
-        self._measurer = Measurer(spec, registry)
+
+    @cached_property
+    def _measurer(self) -> Measurer:
+        from components.evaluate.measure import Measurer
+
+        return Measurer(self._spec, self._registry)
 
     def assess(
         self, version: RegisteredVersion, concept: Concept, adapter_dir: Path | None = None

@@ -12,13 +12,13 @@ from components.promote.promote import failings
 from components.register.registry import RegisteredVersion, get_version
 from components.spec import RunSpec
 from model.names import CHAMPION
+from pipeline.assess import Assessor
 from pipeline.photos import Photos, photos_of
 from pipeline.progress import Event, Progress
 from pipeline.versions import find_version
 
 if TYPE_CHECKING:
     from components.evaluate.evaluate import Metrics
-    from pipeline.assess import Assessor
 
 SpecOf = Callable[[RegisteredVersion], RunSpec]
 
@@ -103,8 +103,6 @@ def evaluate(
         if photos.note:
             progress(Event("photos", version.concept_id, photos.note))
         asked.append((version, spec_of(version), photos))
-    from pipeline.assess import Assessor  # it loads the networks' libraries
-
     assessors: dict[str, Assessor] = {}
     results = []
     for version, spec, photos in asked:

@@ -30,6 +30,7 @@ from components.train.job import MANIFEST, STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
 from model.errors import AwayError, EchoDistillError, InputError, ServiceError
+from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
 from pipeline.run import (
     REGISTRY_SECONDS,
@@ -345,8 +346,6 @@ class _AssessorThere:
     """An `Assessor` in its actor: the networks' libraries are loaded there and not here."""
 
     def __init__(self, spec: RunSpec, registry: str) -> None:
-        from pipeline.assess import Assessor
-
         self._assessor = Assessor(spec, registry, silent)
 
     def assess(self, version: RegisteredVersion, concept: Concept) -> Assessed:

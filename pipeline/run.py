@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,6 +41,7 @@ from components.train.pack import check_storage, train_pack
 from components.train.progress import TrainEvent
 from components.train.state import ConceptState
 from model.errors import DISK_FULL, AwayError, EchoDistillError, ServiceError
+from pipeline.assess import Assessor
 from pipeline.parent_run import parent_of_training
 from pipeline.progress import Event, Progress, silent
 from pipeline.tracking import tracking_uri
@@ -270,18 +270,10 @@ class PackRunner:
         self._force = force
         self._progress = progress
         self._listen = listen or relay(progress)
-        self._given_assessor = assessor
+        self._assessor = assessor or Assessor(spec, registry, progress)
         self._patience = Patience(
             patience, lambda text: progress(Event("register", "MLflow", text))
         )
-
-    @cached_property
-    def _assessor(self) -> Assesses:
-        if self._given_assessor is not None:
-            return self._given_assessor
-        from pipeline.assess import Assessor  # it loads the networks' libraries
-
-        return Assessor(self._spec, self._registry, self._progress)
 
     def already(self, concepts: Sequence[Concept]) -> dict[str, ConceptResult]:
         """Find the concepts that are registered under their digest, and finish them."""

@@ -22,8 +22,6 @@ from components.register.registry import RegisteredVersion, fetch_adapter
 from components.spec import RunSpec
 from model.base_pair import BasePair, load_base_pair
 
-MEASURED = "clip_i"  # a version that has this figure was evaluated
-
 
 class Measurer:
     """Draws and measures with the networks that a run spec names.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from components.evaluate.measure import MEASURED, Measurer
+from components.evaluate.measure import Measurer
 from components.register.registry import get_version
 from components.steps import Say, registry_of
 from components.train.batch import load_batch, load_concepts
 from components.train.handover import TO_JUDGE, TO_MEASURE
 from components.train.state import BatchView, write_states
 from model.errors import InputError
-from model.names import METRICS
+from model.names import MEASURED, METRICS
 
 Figures = dict[str, dict[str, float]]
 

@@ -17,7 +17,6 @@ from components.evaluate.evaluate import (
     load_feature_models,
     record_metrics,
 )
-from components.evaluate.measure import MEASURED
 from components.ingest.concept_folder import Concept
 from components.promote.promote import promote, rollback
 from components.register.registry import get_version, register_adapter, set_metrics
@@ -25,6 +24,7 @@ from components.spec import GateSpec, resolve_spec
 from model.adapter import load_adapter
 from model.base_pair import BasePair
 from model.errors import InputError
+from model.names import MEASURED
 from model.sampler import draw
 from pipeline.assess import Assessor
 from tests.integration.data.conftest import MakeAdapter
