@@ -232,12 +232,14 @@ def _left(
         return one
     if state == "cancelled":
         return replace(one, state="cancelled", note="")
-    why = "its driver could not go on"
-    if state == "interrupted":
-        why = "its driver never began"
-        if "beat" in lease:
-            beat = datetime.fromtimestamp(lease["beat"], UTC)
-            why = f"its driver was last heard of at {beat:%Y-%m-%dT%H:%M:%SZ}"
     # By URI: a name alone is looked for below this machine's own storage.
-    told = f"{why}: echodistill retry {batch.uri} goes on where it was"
+    told = f"{_why(state, lease)}: echodistill retry {batch.uri} goes on where it was"
     return replace(one, state="interrupted", error=told)
+
+
+def _why(state: BatchState, lease: Mapping[str, Any]) -> str:
+    if state != "interrupted":
+        return "its driver could not go on"
+    if "beat" not in lease:
+        return "its driver never began"
+    return f"its driver was last heard of at {datetime.fromtimestamp(lease['beat'], UTC):%FT%TZ}"
