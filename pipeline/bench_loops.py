@@ -27,7 +27,7 @@ CHECK_ITERATIONS = 2
 LOSS_TOLERANCE = 1e-3
 LOSS_FLOOR = 1e-3  # 1 - cosine of two pictures that hardly differ has few right digits
 MOVE_TOLERANCE = 2e-2
-_FOREVER = 10**6  # iterations of the main stage: no echo round begins while the engine is timed
+_FOREVER = 10**6  # iterations of the main stage: no echo round begins, no rate falls while timed
 # Iterations between two looks at the clock. A GPU runs behind the program, and training waits for
 # it once a block, so waiting after every iteration would measure something else.
 _BLOCK = {"cpu": 1, "cuda": 5}
@@ -83,6 +83,7 @@ class NaiveRunner:
 
     def __init__(self, spec: RunSpec, frozen: Frozen, photos: Photos) -> None:
         """Build the loop."""
+        spec = _timed_spec(spec, frozen.pair.device)
         member = photos.members(spec, 1)[0]
         self.loop = NaiveLoop(spec, frozen, _data(member), member.concept.initializer)
         self.device = frozen.pair.device

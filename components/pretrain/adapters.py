@@ -27,6 +27,7 @@ from components.pretrain.world import World
 ITEMS = 2  # a concept and step, as personalization has
 RATE, TOKEN_FACTOR = 3e-4, 5.0  # the preset's teacher_lr; how much faster the token learns
 HUE = 0.9  # spread of the turn of colours, radians
+RENAMED = 0.3  # share of the concepts that are called by another's name: shapes too must move
 
 
 class MovedAttention:
@@ -141,6 +142,8 @@ def _compose(
     subjects = world.sample(concepts, gen)
     hue = torch.randn(concepts, device=world.device, generator=gen) * HUE
     names = [world.names[i] for i in subjects.name.tolist()]
+    lent = [i % 10 < 10 * RENAMED for i in range(concepts)]
+    names = [names[(i + 1) % concepts] if lent[i] else name for i, name in enumerate(names)]
     plain = [tokenizer(name, add_special_tokens=False).input_ids for name in names]
     start = torch.stack([table[ids].mean(0) for ids in plain])
     pieces = []

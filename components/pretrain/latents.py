@@ -83,7 +83,7 @@ def empty_ids(tokenizer: CLIPTokenizer) -> Tensor:
     return ids
 
 
-ADAPTED = 0.7  # share of the lessons that are of made-up concepts, where there are any
+ADAPTED = 0.5  # share of the lessons that are of made-up concepts, where there are any
 
 
 @dataclass(frozen=True)
