@@ -2,8 +2,9 @@
 
 A student distilled from the bare teacher follows words in one step, and keys and values that move
 only in several. So the teacher is taught concepts first, as personalization teaches it (METHOD.md,
-"One iteration", 1): C seen subjects in colours that they never have, each with a token of its own
-and movements of its own of the keys' and values' weights. The student is then distilled under them.
+"One iteration", 1): C seen subjects in colours that they never have, some by another's name, each
+with a token of its own and movements of its own of the keys' and values' weights. The student is
+then distilled under them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from components.pretrain.training import Stage, Trainee, freeze
 from components.pretrain.world import World
 
 ITEMS = 2  # a concept and step, as personalization has
-RATE, TOKEN_FACTOR = 3e-4, 5.0  # the preset's teacher_lr; how much faster the token learns
+RATE, TOKEN_FACTOR = 3e-4, 5.0  # half of the preset's, which falls; how much faster tokens learn
 HUE = 0.9  # spread of the turn of colours, radians
 RENAMED = 0.3  # share of the concepts that are called by another's name: shapes too must move
 
