@@ -117,8 +117,13 @@ def test_a_pack_goes_on_after_a_worker_died(
         for name in ("loss/rec", "loss/mse", "loss/id", "loss/perc", "loss/adv", "loss/disc"):
             steps = {m.step for m in client.get_metric_history(result.run_id, name)}
             assert steps == set(range(1, ITERATIONS + 1)), name
-        # The preset's at a batch of two; the heads' is not scaled. All fall for the last iteration.
-        rates = {"lr/teacher": 6e-4, "lr/token": 2e-3, "lr/student": 6e-5, "lr/heads": 1e-4}
+        # The spec's at a batch of two; the heads' is not scaled. All fall for the last iteration.
+        rates = {
+            "lr/teacher": 2 * spec.train.teacher_lr,
+            "lr/token": 2 * spec.train.token_lr,
+            "lr/student": 2 * spec.train.student_lr,
+            "lr/heads": spec.train.head_lr,
+        }
         for name, rate in rates.items():
             told = {m.step: m.value for m in client.get_metric_history(result.run_id, name)}
             falling = {step: 0.8 * rate if step == 5 else rate for step in told}
