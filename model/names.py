@@ -31,4 +31,4 @@ METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
 """What a person calls the figures that programs name shortly."""
 
 MEASURED = "clip_i"
-"""A version that has this figure was evaluated."""
+"""A version that has this figure was evaluated: it is written after all others."""

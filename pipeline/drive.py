@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from threading import Event as Flag
 
@@ -84,6 +85,9 @@ def main(arguments: Sequence[str]) -> int:
     except EchoDistillError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code
+    except Exception:  # 1, which Python would end with, says that concepts failed
+        traceback.print_exc()
+        return EchoDistillError.exit_code
     return 0 if good else 1
 
 

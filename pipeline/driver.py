@@ -8,17 +8,20 @@ in the order in which it was asked for.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Event as Flag
 from typing import Any
 
 from components.ingest import documents, store
 from components.ingest.concept_folder import Concept, concept_digest
+from components.promote.promote import GATE_TAG
 from components.register.connection import Patience, hide_password
 from components.register.registry import find_versions
 from components.register.took import already_note
@@ -28,6 +31,7 @@ from components.train.batch import Batch, load_concepts
 from components.train.claims import Claim, Claims, Lease
 from components.train.state import FOUND, PACKS, ConceptState, as_facts, concept_states
 from model.errors import AwayError, EchoDistillError, ServiceError
+from model.names import MEASURED
 from pipeline.metrics import BatchMetrics
 from pipeline.orphans import remove_orphaned_groups
 from pipeline.pack_run import PackOrder, PackRun
@@ -121,17 +125,17 @@ class Driver:
                 self._land()
                 if time.monotonic() - looked >= self._look_seconds:
                     self._look()
-                    self._states.save()
+                    self._save()
                     self._metrics.now(self._states.by_id.values())
                     _give_room_back()
                     looked = time.monotonic()
             # A batch whose end nobody could read would have to be driven once more.
-            while not self._states.save() and not self._ended:
+            while not self._save() and not self._ended:
                 self._stop.wait(self._away_seconds)
         finally:
             for flight in self._flights.values():
                 _kill(flight.actor)
-            self._states.save()
+            self._save()
             self._metrics.now(self._states.by_id.values())
         return self._states.by_id
 
@@ -146,6 +150,10 @@ class Driver:
     @property
     def _ended(self) -> bool:
         return self._stop.is_set() or self._lease.lost.is_set()
+
+    def _save(self) -> bool:
+        """Write the states that changed; whoever holds the batch now knows better than we do."""
+        return not self._lease.lost.is_set() and self._states.save()
 
     def _prepare(self, failed: bool) -> None:
         """Work out digests, look into the registry and queue what is left to do."""
@@ -169,7 +177,8 @@ class Driver:
             if not one.over or (failed and one.state == "failed")
         ]
         if not batch.force and rest:
-            already |= self._patience.ask(lambda: self._registered(rest, own))
+            there = self._patience.ask(lambda: self._registered(rest))
+            already |= {name: as_facts(one.as_state()) for name, one in there.items()}
         found["registry"] = hide_password(self._registry)
         documents.write(place, found)
         for name in rest:
@@ -193,27 +202,29 @@ class Driver:
             for name in ids:
                 if not self._states[name].over:
                     self._states.set(number, name, note=text)
-        self._states.save()
+        self._save()
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise ServiceError("the driver was stopped while it waited for registry and storage")
 
-    def _registered(self, names: Sequence[str], own: str) -> dict[str, dict[str, Any]]:
-        """Return what is written of the concepts that the registry has, measured and settled.
+    def _registered(self, names: Sequence[str]) -> dict[str, ConceptResult]:
+        """Return the concepts that the registry has, measured and through the gate.
 
         One whose evaluation was interrupted goes through its pack, which finishes it.
         """
         wanted = {name: self._digests[name] for name in names}
-        found = find_versions(wanted, own, tracking_uri=self._registry)
-        facts = {}
-        for name, (version, champion) in found.items():
-            if not version.metrics or champion is None:
+        own = spec_digest(self._batch.spec)
+        results = {}
+        for name, (version, champion) in find_versions(
+            wanted, own, tracking_uri=self._registry
+        ).items():
+            judged = GATE_TAG in version.tags or (champion or 0) >= version.version
+            if MEASURED not in version.metrics or champion is None or not judged:
                 continue
             result = from_version(self._concepts[name], version, "already", already_note(version))
-            reigns = champion == version.version
-            facts[name] = as_facts(replace(result, promoted=reigns).as_state())
-        return facts
+            results[name] = replace(result, promoted=champion == version.version)
+        return results
 
     def _launch(self) -> None:
         """Start packs until enough of them wait for room."""
@@ -229,7 +240,7 @@ class Driver:
 
     def _start(self, turn: _Turn) -> bool:
         """Claim a pack's digests and start what was got; the rest is looked at again later."""
-        run = self._batch.run_name(turn.pack)
+        run = self._run_name(turn)
         try:
             taken = dict(
                 zip(
@@ -270,6 +281,17 @@ class Driver:
         flown = replace(turn, ids=tuple(claims))
         self._flights[actor.run.remote()] = _Flight(flown, actor, list(claims.values()), held)
         return True
+
+    def _run_name(self, turn: _Turn) -> str:
+        """Return the name of a turn's run: the pack's, or its own while others of the pack wait.
+
+        Two runs of one name would take each other's checkpoints away.
+        """
+        whole = self._batch.run_name(turn.pack)
+        left = {name for name in self._batch.packs[turn.pack] if not self._states[name].over}
+        if left <= set(turn.ids):
+            return whole
+        return f"{whole}-{hashlib.sha256(','.join(sorted(turn.ids)).encode()).hexdigest()[:8]}"
 
     def _key(self, name: str) -> str:
         """What is claimed: a digest, which a forced batch trains for itself alone."""
@@ -329,7 +351,7 @@ class Driver:
             _kill(flight.actor)
             self._release(flight.claims)
             self._requeue(turn.pack, flight.held)
-            self._states.save()
+            self._save()
 
     def _take(self, turn: _Turn, results: Iterable[ConceptResult]) -> None:
         """Take over what became of a pack; those that wait for the registry come again."""
@@ -362,8 +384,14 @@ class Driver:
         self._progress(Event("batch", result.id, ": ".join(filter(None, (state.state, told)))))
 
     def _fail(self, turn: _Turn, error: str) -> None:
+        """Say of a pack's concepts that they failed, but for those that were done by then."""
+        done: dict[str, ConceptResult] = {}
+        if not self._batch.force:  # then what is registered may be older
+            with suppress(EchoDistillError):
+                done = self._registered(turn.ids)
         for name in turn.ids:
-            self._settle(turn.pack, ConceptResult(name, "failed", error=error))
+            failed = ConceptResult(name, "failed", error=error)
+            self._settle(turn.pack, done.get(name, failed))
 
     def _again(self, turn: _Turn, reason: str, seconds: float = 0.0) -> None:
         """Put a pack that broke into the queue again, for its last checkpoint is there."""

@@ -29,6 +29,7 @@ from components.train.handover import hand_over
 from components.train.job import MANIFEST, STATES, TrainedConcept
 from components.train.pack import uses_cuda
 from components.train.progress import TrainEvent
+from components.train.record import last_checkpoint, mend_record
 from model.errors import AwayError, EchoDistillError, InputError, ServiceError
 from pipeline.assess import Assessor
 from pipeline.progress import Event, Progress, silent
@@ -45,8 +46,6 @@ from pipeline.run import (
 )
 from pipeline.services import quiet_libraries
 
-# Ray Train's record of the checkpoints that are whole; it rewrites it after every report.
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _LINE_SECONDS = 10.0
 _ASSESSORS = 3  # processes that may die over the measuring of one concept
 # Stages after training, as a concept's note tells them.
@@ -179,6 +178,7 @@ class PackRun:
         found: dict[str, TrainedConcept] = {}
         wanted = {concept.id: order.digests[concept.id] for concept in concepts}
         earlier = (run for runs in order.earlier.values() for run in runs)
+        mend_record(storage, order.run_name)
         for run in dict.fromkeys((order.run_name, *earlier)):
             left = {name: digest for name, digest in wanted.items() if name not in found}
             try:
@@ -193,14 +193,7 @@ class PackRun:
         return found
 
     def _train(self, runner: PackRunner, rest: Sequence[Concept]) -> list[TrainedConcept]:
-        storage, name = self._order.spec.train.storage_path, self._order.run_name
-        states = self._states(rest)
-        try:
-            last_checkpoint(storage, name)
-        except InputError as error:
-            # Its driver died while the record of its checkpoints was written.
-            self._line(Event("train", name, f"as a new run: {error}"))
-            name += f"-{time.strftime('%Y%m%d%H%M%S')}"
+        name, states = self._order.run_name, self._states(rest)
         try:
             return runner.train(rest, name, states)
         except InputError as error:
@@ -266,17 +259,6 @@ def _settled(
         return failed(concept, made, str(error))
     except Exception as error:  # one concept's, whatever it is
         return failed(concept, made, f"an error of ours: {type(error).__name__}: {error}")
-
-
-def last_checkpoint(storage: str, run: str) -> str | None:
-    """Return the URI of a run's last whole checkpoint, or None when it has none.
-
-    Raises InputError when the run's record of its checkpoints is not whole.
-    """
-    folder = store.join(storage, run)
-    found = documents.read(store.join(folder, _SNAPSHOT))
-    latest = found.value.get("latest_checkpoint_result") if found else None
-    return store.join(folder, latest["checkpoint_dir_name"]) if latest else None
 
 
 def holds_state(checkpoint: str, concept_id: str, digest: str) -> bool:

@@ -21,6 +21,7 @@ from components.spec import RunSpec, spec_digest, spec_yaml
 from components.train.batch import Batch
 from components.train.delivery import RUN_KEY_TAG
 from components.train.state import BatchView, ConceptState, State
+from components.train.tracking import without_password
 from model.errors import EchoDistillError
 from pipeline.batch_report import Told, told_of, told_of_training, write_batch_report
 
@@ -109,7 +110,7 @@ class ParentRun:
             run = client.create_run(experiment, run_name=self._name, tags=self._tags)
             params = [Param(name, str(value)[:6000]) for name, value in self._facts.items()]
             client.log_batch(run.info.run_id, params=params)
-            client.log_text(run.info.run_id, spec_yaml(self._spec), "spec.yaml")
+            client.log_text(run.info.run_id, spec_yaml(without_password(self._spec)), "spec.yaml")
         self._id = str(run.info.run_id)
 
     def _count(self, states: Sequence[ConceptState]) -> None:

@@ -280,8 +280,15 @@ class PackRunner:
         found = {}
         for concept in concepts:
             version = self.registered(concept)
-            if version is not None:
+            if version is None:
+                continue
+            try:
                 found[concept.id] = self.settle(concept, version)
+            except ServiceError:
+                raise
+            except EchoDistillError as error:  # of this concept alone: the others go on
+                made = TrainedConcept(concept.id, "trained")
+                found[concept.id] = failed(concept, made, str(error))
         return found
 
     def registered(self, concept: Concept) -> RegisteredVersion | None:

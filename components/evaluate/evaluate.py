@@ -225,7 +225,8 @@ def record_metrics(
 ) -> RegisteredVersion:
     """Write an evaluation to a version's tags and its run, grids included.
 
-    ``card`` becomes the version's description (Markdown).
+    ``card`` becomes the version's description (Markdown). The figures come last: a version that has
+    them counts as measured.
     """
     from components.register.connection import connect, reaching
     from components.register.registry import set_metrics, set_tags
@@ -236,11 +237,10 @@ def record_metrics(
         PHOTOS_TAG: found.photos,
     }
     set_tags(version, how, tracking_uri=tracking_uri)
-    measured = set_metrics(version, found.figures(), tracking_uri=tracking_uri)
     client = connect(tracking_uri)
     with reaching(tracking_uri):
         if card:
             client.update_model_version(version.name, str(version.version), card)
         for path in found.pictures.values() if version.run_id else ():
             client.log_artifact(version.run_id, str(path), "evaluation")
-    return measured
+    return set_metrics(version, found.figures(), tracking_uri=tracking_uri)

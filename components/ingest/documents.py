@@ -21,7 +21,7 @@ from typing import Any
 
 from components.ingest import s3, store
 from components.ingest.cache import disk_error, replacing
-from model.errors import InputError
+from model.errors import InputError, ServiceError
 
 ABSENT = ""  # the tag of what is not there
 _READERS = 16
@@ -29,6 +29,8 @@ _READERS = 16
 _REFUSED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _UNABLE = {"NotImplemented", "501"}
 _MISSING = {"NoSuchKey", "404"}
+# What a file system says of a wrong path; anything else (a share that is gone) may pass.
+_WRONG = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,16 @@ class Document:
     tag: str
 
 
+class NoJsonError(InputError):
+    """There is something else than JSON, or half of it."""
+
+
 def read(uri: str) -> Document | None:
     """Read a document; None when it is not there.
 
     Raises:
-        InputError: when it is not JSON, or the store refuses.
+        NoJsonError: when it is not JSON.
+        InputError: when the store refuses.
         ServiceError: when the store is out of reach.
     """
     if store.is_s3(uri):
@@ -53,7 +60,8 @@ def read(uri: str) -> Document | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"{uri} can't be read: {error.strerror}") from error
+        kind = InputError if error.errno in _WRONG else ServiceError
+        raise kind(f"{uri} can't be read: {error.strerror}") from error
     return Document(_parse(data, uri), _sha256(data))
 
 
@@ -119,7 +127,7 @@ def _parse(data: bytes, uri: str) -> Any:
     try:
         return json.loads(data)
     except ValueError:
-        raise InputError(f"{uri} is not JSON: it was not written by this program") from None
+        raise NoJsonError(f"{uri} is not JSON: it was not written by this program") from None
 
 
 def _sha256(data: bytes) -> str:
@@ -212,7 +220,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno != errno.ENOLCK:
-            raise
+            raise disk_error(error, folder) from error
         raise InputError(f"{folder} is on a file system without locks: take another one") from error
     finally:
         os.close(handle)

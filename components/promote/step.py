@@ -10,7 +10,7 @@ from components.steps import Say, registry_of
 from components.train.batch import load_batch
 from components.train.handover import TO_JUDGE
 from components.train.state import BatchStatus, BatchView, write_states
-from model.names import CHAMPION
+from model.names import CHAMPION, MEASURED
 
 
 def promote_batch(batch_uri: str, say: Say) -> BatchStatus:
@@ -26,6 +26,10 @@ def promote_batch(batch_uri: str, say: Say) -> BatchStatus:
     registry = registry_of(batch)
     for one in BatchView(batch_uri).read().concepts:
         if one.state not in ("trained", "already") or one.version is None:
+            continue
+        version = get_version(one.id, one.version, tracking_uri=registry)
+        if version is None or MEASURED not in version.metrics:
+            say(f"{one.id}: version {one.version} was not measured, and stays as it is")
             continue
         champion = get_version(one.id, CHAMPION, tracking_uri=registry)
         if one.note == TO_JUDGE or champion is None:

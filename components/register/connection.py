@@ -43,6 +43,15 @@ _NO_CONNECTION = {
 }
 
 
+# How boto3 names a store that will not do what MLflow's client asks of it, also in the text of an
+# error of its own.
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+_REFUSED = re.compile(
+    r"An error occurred \((AccessDenied|AllAccessDisabled|InvalidAccessKeyId|NoSuchBucket"
+    r"|SignatureDoesNotMatch|40[134])\)"
+)
+
+
 class RegistryAwayError(AwayError):
     """The MLflow server does not answer: what was to be told to it waits."""
 
@@ -149,6 +158,12 @@ def code_of(error: BaseException) -> str:
     return str(getattr(error, "error_code", ""))
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Tell whether S3 refused what MLflow's client asked of it directly, and will again."""
+    name, said = type(error).__name__, str(error)
+    return name in _NO_CREDENTIALS or bool(_REFUSED.search(said))
+
+
 @contextmanager
 def reaching(tracking_uri: str) -> Iterator[None]:
     """Turn what goes wrong in the block into ServiceError, or InputError for a wrong setting."""
@@ -186,6 +201,11 @@ def reaching(tracking_uri: str) -> Iterator[None]:
             ) from error
         if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise InputError(f"{where} refused a request: {reason}") from error
+        if is_refusal(error):
+            raise InputError(
+                f"the artifact store of {where} refused ({reason}): check its bucket, and the "
+                "credentials and rights of who reads and writes there"
+            ) from error
         raise RegistryAwayError(
             f"{where} did not answer ({reason}): check that it runs and can be reached"
         ) from error

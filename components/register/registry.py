@@ -19,6 +19,7 @@ from model.names import (
     CANDIDATE,
     CHAMPION,
     CONCEPT_DIGEST_TAG,
+    MEASURED,
     METRIC_TAG,
     MODEL_PREFIX,
     SHA256_TAG,
@@ -383,14 +384,18 @@ def get_version(
 def set_metrics(
     version: RegisteredVersion, metrics: Mapping[str, float], *, tracking_uri: str
 ) -> RegisteredVersion:
-    """Write figures to a version's tags and its run; returns the version with them."""
+    """Write figures to a version's tags and its run; returns the version with them.
+
+    `MEASURED` comes last: one that has it has them all.
+    """
     client = connect(tracking_uri)
-    tags = {METRIC_TAG + name: repr(float(value)) for name, value in metrics.items()}
-    set_tags(version, tags, tracking_uri=tracking_uri)
     if version.run_id:
         with reaching(tracking_uri):
             for name, value in metrics.items():
                 client.log_metric(version.run_id, f"eval.{name}", float(value))
+    names = sorted(metrics, key=lambda name: name == MEASURED)
+    tags = {METRIC_TAG + name: repr(float(metrics[name])) for name in names}
+    set_tags(version, tags, tracking_uri=tracking_uri)
     return RegisteredVersion(
         version.name, version.version, version.sha256, {**version.tags, **tags}, version.run_id
     )

@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
+
 from components.ingest import documents, s3, store
 from components.ingest.cache import replacing
 from components.ingest.concept_folder import CheckedConcept, Concept, ReferenceImage
@@ -265,7 +267,15 @@ def load_batch(uri: str) -> Batch:
     facts = dict(found.value)
     if facts.pop("schema_version", None) != SCHEMA_VERSION:
         raise InputError(f"{uri} was written by another version of this program: submit it again")
-    facts["spec"] = RunSpec.model_validate(facts["spec"])
+    try:
+        facts["spec"] = RunSpec.model_validate(facts["spec"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{uri} was submitted by another version of this program, whose settings this one does "
+            f"not know ({setting}: {first['msg']}): use one version for both"
+        ) from None
     facts["packs"] = tuple(tuple(pack) for pack in facts["packs"])
     facts["invalid"] = {name: tuple(each) for name, each in facts["invalid"].items()}
     return Batch(uri=uri, **facts)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.ingest import documents, store
-from model.errors import EchoDistillError, InputError
+from model.errors import InputError
 
 LEASE = "driver.json"
 JOB_NAME = "ECHODISTILL_JOB"  # the environment variable that tells a driver its job's id
@@ -110,7 +110,7 @@ class Lease:
             try:
                 if not self._renew_once():
                     self.lost.set()
-            except EchoDistillError as error:  # the store may be back before the lease runs out
+            except Exception as error:  # the store may be back before the lease runs out
                 log.warning("the lease on %s could not be renewed: %s", self.uri, error)
             self._say_how_late(awake - asleep - self._seconds / 3, time.monotonic() - awake)
             if self.lost.is_set():

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from components.ingest.concept_folder import Concept, ReferenceImage
+from components.register.connection import is_refusal
 from components.train.lineage import dataset_input
 
 RUN_KEY_TAG = "echodistill.run_key"
@@ -156,9 +157,9 @@ class Delivery:
 
 def is_hopeless(error: Exception) -> bool:
     """Tell whether trying the same again can't help."""
-    return getattr(error, "error_code", None) in _HOPELESS or isinstance(
-        error, AttributeError | FileNotFoundError | KeyError | TypeError | ValueError
-    )
+    if is_refusal(error) or getattr(error, "error_code", None) in _HOPELESS:
+        return True
+    return isinstance(error, AttributeError | FileNotFoundError | KeyError | TypeError | ValueError)
 
 
 def deliver_late(settings: TrackingSettings, entries: Iterable[Entry], adapter: Path) -> str | None:

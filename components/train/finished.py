@@ -14,7 +14,7 @@ from components.ingest import store
 from components.ingest.cache import cache_root, disk_error
 from components.train.delivery import UNLOGGED, read_unlogged
 from components.train.job import ADAPTERS, RESULTS, TrainedConcept
-from model.errors import DISK_FULL, EchoDistillError
+from model.errors import DISK_FULL, EchoDistillError, InputError
 
 
 def adapters_folder(storage: str, run_name: str) -> Path:
@@ -35,6 +35,7 @@ def finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str
         those that the checkpoint holds an adapter of, under the same digest, by id.
 
     Raises:
+        InputError: when the checkpoint is not whole.
         ServiceError: when the storage is out of reach, or the disk is full.
 
     """
@@ -46,7 +47,10 @@ def finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str
 
 def _finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[str, TrainedConcept]:
     entry = store.find(store.join(checkpoint, RESULTS))
-    written = json.loads(store.fetch(entry).read_text()) if entry else {}
+    try:
+        written = json.loads(store.fetch(entry).read_text()) if entry else {}
+    except ValueError as error:  # it was just being written
+        raise InputError(f"{checkpoint}/{RESULTS} is not whole") from error
     there = [name for name, facts in written.items() if _is(facts, digests.get(name))]
     if not there:
         return {}

@@ -23,8 +23,9 @@ from components.train.job import (
     pack_name,
 )
 from components.train.progress import TrainEvent, make_board, relayed
+from components.train.record import KEPT, mend_record
 from model import errors
-from model.errors import DISK_FULL, EchoDistillError, InputError, ServiceError
+from model.errors import DISK_FULL, AwayError, EchoDistillError, InputError, ServiceError
 
 # Read by a worker's libraries as they load. Threads that wait actively take the cores from the
 # threads that they wait for as soon as anything else runs: an iteration then takes ten times as
@@ -37,6 +38,15 @@ _WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
+
+# What pyarrow says of S3's answers that asking again does not change.
+_REFUSALS = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "NO_SUCH_BUCKET",
+    "NO_SUCH_KEY",
+    "SIGNATURE_DOES_NOT_MATCH",
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +91,7 @@ def train_pack(
     name = run_name or pack_name(spec, concepts)
     storage = _absolute(storage_path or spec.train.storage_path)
     check_storage(storage)
+    mend_record(storage, name)
     board = make_board()
     job = PackJob(
         spec=spec,
@@ -164,7 +175,7 @@ def _fit(job: PackJob, storage: str) -> Any:
             name=job.run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
         ),
     )
@@ -181,7 +192,7 @@ def _fit(job: PackJob, storage: str) -> Any:
             # does not try again, whatever restarts are left.
             raise _ray_broke(job, error) from error
         if _of_storage(error):
-            raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
+            raise _was_away(storage, error) from error
         return f"training broke and used up its restarts: {_reason(error)}"
 
 
@@ -198,7 +209,14 @@ def _reading(storage: str) -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise disk_error(error, storage) from error
         check_storage(storage)
-        raise ServiceError(f"{storage} was away for a while: {_reason(error)}") from error
+        raise _was_away(storage, error) from error
+
+
+def _was_away(storage: str, error: Exception) -> ServiceError:
+    """Say so; AwayError unless S3 was there and refused, which it may do for ever."""
+    refused = any(word in str(error) for word in _REFUSALS) or not store.is_s3(storage)
+    kind = ServiceError if refused else AwayError
+    return kind(f"{storage} was away for a while: {_reason(error)}")
 
 
 def _of_storage(error: Any) -> bool:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from components.ingest import store
 from components.ingest.concept_folder import Concept
+from components.register.connection import hide_password
 from components.spec import RunSpec
 from components.train.delivery import Delivery, Entry, TrackingSettings, is_hopeless
 
@@ -53,6 +54,14 @@ def resolve_tracking(spec: RunSpec) -> TrackingSettings | None:
     if scheme == "sqlite" and separator:  # workers run in another folder
         uri = f"sqlite:///{Path(path).resolve()}"
     return TrackingSettings(uri, spec.tracking.experiment)
+
+
+def without_password(spec: RunSpec) -> RunSpec:
+    """Return a spec as MLflow is told of it: without the password in its own URI."""
+    if spec.tracking.uri is None:
+        return spec
+    tracking = spec.tracking.model_copy(update={"uri": hide_password(spec.tracking.uri)})
+    return spec.model_copy(update={"tracking": tracking})
 
 
 class Tracker:
@@ -130,7 +139,9 @@ class Tracker:
         left = len(self.unlogged())
         if left:
             log.warning(
-                "tracking at %s stayed away: %d entries are kept in the checkpoint", self._uri, left
+                "tracking at %s stayed away: %d entries are kept in the checkpoint",
+                hide_password(self._uri),
+                left,
             )
         return dict(self._delivery.runs)
 

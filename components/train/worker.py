@@ -37,7 +37,7 @@ from components.train.loop import Block, Run, Segment, Watcher, block_losses, tr
 from components.train.members import Member, load_members
 from components.train.preview import PREVIEW_PROMPTS
 from components.train.progress import TrainEvent
-from components.train.tracking import Tracker
+from components.train.tracking import Tracker, without_password
 from model.acceleration import accelerate
 from model.base_pair import load_base_pair
 from model.checkpointing import save_memory
@@ -76,7 +76,7 @@ def _train(job: PackJob) -> None:
     device = _prepare(job)
     start_deepspeed(device)
     try:
-        run, unlogged = ranks.all_or_none(lambda: _load(job, device))
+        run, unlogged = load(job, device)
     except EchoDistillError as error:
         # The same for every restart, so nothing is raised: the caller raises it.
         if ranks.rank() == 0:
@@ -152,16 +152,31 @@ def _prepare(job: PackJob) -> torch.device:
     return torch.device("cpu")
 
 
-def _load(job: PackJob, device: torch.device) -> tuple[Run, list[Entry]]:
-    """Load everything; returns the run, and what its last worker could not log."""
+def load(job: PackJob, device: torch.device) -> tuple[Run, list[Entry]]:
+    """Load everything; returns the run, and what its last worker could not log.
+
+    Raises:
+        EchoDistillError: on every rank, when one can't load something.
+
+    """
+    # Members are loaded with words between the ranks, which one that has no base would not hear.
+    frozen = ranks.all_or_none(lambda: _accelerated(job, device))
+    return ranks.all_or_none(lambda: _with_members(job, frozen))
+
+
+def _accelerated(job: PackJob, device: torch.device) -> Frozen:
     spec = job.spec
     dtype = _DTYPES[spec.train.precision]
     frozen = load_frozen(job.bases, dtype, device, spec.resolution, spec.train.checkpointing)
     accelerate(frozen, spec.train.channels_last, spec.train.compile)
+    return frozen
+
+
+def _with_members(job: PackJob, frozen: Frozen) -> tuple[Run, list[Entry]]:
     with _own_checkpoint() as folder:
         members = load_members(job, frozen, folder and folder / STATES)
         unlogged = read_unlogged(folder) if folder else []
-    return Run(spec, frozen, members), unlogged
+    return Run(job.spec, frozen, members), unlogged
 
 
 @contextlib.contextmanager
@@ -194,15 +209,16 @@ class RayWatcher(Watcher):
 
     def begin(self) -> None:
         """Say that everything is loaded."""
+        spec = without_password(self._job.spec)
         for member in self._run.members:
             if self._tracker:
                 params = {
-                    **_flat(self._job.spec.model_dump(mode="json")),
+                    **_flat(spec.model_dump(mode="json")),
                     "concept_digest": member.digest,
                     "class_noun": member.concept.class_noun,
                     "n_images": len(member.concept.images),
                 }
-                self._tracker.start(member.concept.id, params, spec_yaml(self._job.spec))
+                self._tracker.start(member.concept.id, params, spec_yaml(spec))
                 self._tracker.log_dataset(member.concept)
             self._tell(member, "failed" if member.error else "load", text=member.error or "")
 

@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, NoCredentialsError
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_DOES_NOT_EXIST
 
-from components.register.connection import connect, reaching
+from components.register.connection import RegistryAwayError, connect, reaching
 from components.register.registry import set_alias
+from components.train.delivery import is_hopeless
 from model.errors import EchoDistillError, InputError
 
 
@@ -60,6 +63,31 @@ def test_a_full_disk_is_said_so_whoever_met_it() -> None:
     full = pytest.raises(EchoDistillError, match="no space left on the disk while writing the MLfl")
     with full, reaching("sqlite:///x.db"):
         raise sqlite3.OperationalError("database or disk is full")
+
+
+REFUSED = "Failed to upload a to b/a: An error occurred (AccessDenied) when calling PutObject"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (S3UploadFailedError(REFUSED), "AccessDenied"),
+        (ClientError({"Error": {"Code": "NoSuchBucket"}}, "PutObject"), "NoSuchBucket"),
+        (NoCredentialsError(), "Unable to locate credentials"),
+    ],
+)
+def test_an_artifact_store_that_refuses_is_not_waited_for(error: Exception, words: str) -> None:
+    refused = pytest.raises(InputError, match=f"the artifact store of .* refused .*{words}")
+    with refused, reaching("http://mlflow"):
+        raise error
+    assert is_hopeless(error)
+
+
+def test_an_artifact_store_that_is_away_is_waited_for() -> None:
+    error = ClientError({"Error": {"Code": "SlowDown"}}, "PutObject")
+    with pytest.raises(RegistryAwayError), reaching("http://mlflow"):
+        raise error
+    assert not is_hopeless(error)
 
 
 class Refusing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
 from components.promote.promote import judge
-from components.register.registry import RegisteredVersion
+from components.register import registry
+from components.register.registry import RegisteredVersion, set_metrics
 from components.spec import GateSpec
+from model.names import MEASURED
 
 GOOD = {"clip_i": 0.7, "dino": 0.5, "clip_t": 0.3, "before_clip_i": 0.6, "before_dino": 0.3}
 
@@ -17,6 +20,21 @@ def version(number: int, models: str = "clip A", **changes: float) -> Registered
     tags = {f"metric.{name}": repr(value) for name, value in {**GOOD, **changes}.items()}
     tags |= {"metric_models": models, "metric_protocol": "dreambench 25x4"}
     return RegisteredVersion("echodistill.dog", number, "0" * 64, tags)
+
+
+def test_a_version_counts_as_measured_when_all_its_figures_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Client:
+        written: ClassVar[list[str]] = []
+
+        def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+            self.written.append(key)
+
+    monkeypatch.setattr(registry, "connect", lambda _: Client())
+    set_metrics(bare(1), GOOD, tracking_uri="sqlite:///x.db")
+    assert set(Client.written) == {f"metric.{name}" for name in GOOD}
+    assert Client.written[-1] == f"metric.{MEASURED}"
 
 
 def bare(number: int) -> RegisteredVersion:

@@ -123,10 +123,11 @@ def test_the_batch_starts_a_module_that_is_there() -> None:
     assert importlib.util.find_spec(module) is not None
 
 
-@pytest.mark.parametrize(("ends", "code"), [(0, 0), (1, 0), (3, 1), (130, 1)])
-def test_failed_concepts_are_no_failed_job(ends: int, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ends", "code"), [(0, 0), (1, 0), (3, 1), (130, 1), ("missing", 1)])
+def test_failed_concepts_are_no_failed_job(ends: int | str, code: int, tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\nexit {ends}\n')
+    found = f"[ $1 != -c ] || exit {int(ends == 'missing')}"
+    python.write_text(f'#!/bin/sh\n{found}\necho "$@" > {tmp_path}/said\nexit {ends}\n')
     python.chmod(0o755)
     # KubeRay writes the line into a shell's, and Ray's client quotes each word of it again.
     show = ["bash", "-c", f"printf '%s\\0' {batch()['spec']['entrypoint']}"]
@@ -134,7 +135,10 @@ def test_failed_concepts_are_no_failed_job(ends: int, code: int, tmp_path: Path)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run(["sh", "-c", shlex.join(words)], env=environment, check=False)
     assert bool(ended.returncode) == bool(code)
-    assert (tmp_path / "said").read_text() == f"-m pipeline.drive {BATCH_URI}\n"
+    if ends == "missing":
+        assert not (tmp_path / "said").exists()
+    else:
+        assert (tmp_path / "said").read_text() == f"-m pipeline.drive {BATCH_URI}\n"
 
 
 def test_the_batch_has_the_environment_that_submit_gives() -> None:

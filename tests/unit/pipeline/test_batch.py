@@ -12,6 +12,7 @@ from PIL import Image
 
 from components.ingest import documents, s3
 from components.ingest.concept_folder import CheckedConcept, Concept, check_prefix
+from components.register.registry import RegisteredVersion
 from components.spec import RunSpec, resolve_spec
 from components.train.batch import (
     Batch,
@@ -174,6 +175,84 @@ def test_a_failed_concept_names_the_command_that_tries_it_again(tmp_path: Path) 
     finally:
         lease.end("done")
     assert note == f"echodistill retry {batch.uri} --failed tries it again"
+
+
+def driver_of(batch: Batch, *states: ConceptState) -> Driver:
+    """Gives a driver of which only the methods are asked; its lease has ended."""
+    lease = Lease(batch.uri, "job")
+    lease.end("done")
+    driver = Driver(batch, lease, silent, Event())
+    driver._states.by_id = {one.id: one for one in states}
+    driver._concepts = load_concepts(batch)
+    driver._digests = {one.id: one.id for one in states}
+    return driver
+
+
+def test_two_runs_of_a_pack_at_once_have_different_names(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "a", "b")
+    a, b = ConceptState("a"), ConceptState("b")
+    driver = driver_of(batch, a, b)
+    whole, one, other = (driver._run_name(_Turn(0, ids)) for ids in (("a", "b"), ("a",), ("b",)))
+    assert whole == batch.run_name(0) and len({whole, one, other}) == 3
+    driver._states.put(0, replace(b, state="trained", version="1"))
+    assert driver._run_name(_Turn(0, ("a",))) == whole, "what is left goes on where the pack was"
+
+
+def version(tags: dict[str, str], number: int = 2) -> RegisteredVersion:
+    return RegisteredVersion("echodistill.a", number, "0" * 64, tags)
+
+
+@pytest.mark.parametrize(
+    ("tags", "champion", "promoted"),
+    [
+        ({"metric.clip_i": "0.5", "gate": "refused"}, 1, False),
+        ({"metric.clip_i": "0.5", "gate": "passed"}, 2, True),
+        ({"metric.clip_i": "0.5"}, 2, True),
+        ({"metric.clip_i": "0.5"}, 3, False),
+        ({"metric.clip_i": "0.5"}, 1, None),  # the gate has not seen it
+        ({"metric.clip_i": "0.5"}, None, None),
+        ({"metric.dino": "0.5", "gate": "passed"}, 2, None),  # its measuring was interrupted
+    ],
+)
+def test_a_version_is_done_when_it_was_measured_and_judged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tags: dict[str, str],
+    champion: int | None,
+    promoted: bool | None,
+) -> None:
+    driver = driver_of(planned(tmp_path, "a"), ConceptState("a"))
+    found = {"a": (version(tags), champion)}
+    monkeypatch.setattr("pipeline.driver.find_versions", lambda *_, **__: found)
+    done = driver._registered(["a"])
+    if promoted is None:
+        assert not done
+    else:
+        assert (done["a"].state, done["a"].promoted) == ("already", promoted)
+
+
+def test_what_was_done_before_its_pack_broke_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = planned(tmp_path, "a", "b")
+    driver = driver_of(batch, ConceptState("a"), ConceptState("b"))
+    found = {"a": (version({"metric.clip_i": "0.5", "gate": "passed"}), 2)}
+    monkeypatch.setattr("pipeline.driver.find_versions", lambda *_, **__: found)
+    driver._fail(_Turn(0, ("a", "b")), "its process died")
+    a, b = driver._states["a"], driver._states["b"]
+    assert (a.state, a.version, a.error) == ("already", "2", None)
+    assert (b.state, b.error) == ("failed", "its process died")
+
+
+def test_who_has_lost_a_batch_writes_no_states_any_more(tmp_path: Path) -> None:
+    batch = planned(tmp_path, "a")
+    driver = driver_of(batch, ConceptState("a"))
+    driver._states.put(0, ConceptState("a", "training"))
+    driver._lease.lost.set()
+    assert not driver._save()
+    driver._lease.lost.clear()
+    assert not documents.read_folder(f"{batch.uri}/{PACKS}")
+    assert driver._save() and documents.read_folder(f"{batch.uri}/{PACKS}")
 
 
 def test_a_driver_does_not_end_before_the_last_states_are_written(

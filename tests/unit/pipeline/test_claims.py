@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -40,6 +42,25 @@ def test_a_lease_that_is_not_renewed_runs_out(tmp_path: Path) -> None:
     lease.end("done")
     after = documents.read(place)
     assert after is not None and after.value["holder"] == "another" and not after.value["ended"]
+
+
+def test_a_lease_is_renewed_again_whatever_went_wrong_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(str(tmp_path / "b1"), "job-1", seconds=0.3)
+    renewals: list[bool] = []
+    renewed = Event()
+
+    def renew() -> bool:
+        renewals.append(True)
+        if len(renewals) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        renewed.set()
+        return True
+
+    monkeypatch.setattr(lease, "_renew_once", renew)
+    assert renewed.wait(20) and not lease.lost.is_set()
+    lease.end("done")
 
 
 def test_a_lease_that_is_late_leaves_a_trace(

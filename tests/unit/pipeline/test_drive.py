@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.drive
 from components.ingest import documents, s3
 from components.register import connection
 from components.train.batch import Batch, at_storage, plan_batch, save_batch
@@ -69,3 +70,24 @@ def test_a_job_that_cannot_begin_says_why_in_a_sentence(
     said = capfd.readouterr()
     assert said.out.startswith("error: there is no batch") and said.out.count("\n") == 1
     assert "Traceback" not in said.err
+
+
+def test_a_driver_that_breaks_does_not_end_like_one_whose_concepts_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned, concepts = plan_batch("photos", [checked("a")], spec_at(tmp_path), registry="")
+    save_batch(planned, concepts)
+    place = f"{planned.uri}/batch.json"
+    there = documents.read(place)
+    assert there is not None
+    there.value["spec"]["train"]["of_tomorrow"] = 1
+    documents.write(place, there.value)
+    assert main([planned.uri]) == 2
+    assert "another version of this program" in capfd.readouterr().out
+
+    def broken(_: str) -> Batch:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(pipeline.drive, "load_batch", broken)
+    assert main([planned.uri]) == 4
+    assert "RuntimeError: a mistake of ours" in capfd.readouterr().err

@@ -1,15 +1,19 @@
 """Planning packs, and training's events as ours."""
 
+from typing import Any
+
 import pytest
 
 from components.ingest.concept_folder import Concept
+from components.promote.promote import Decision
+from components.register.registry import RegisteredVersion
 from components.spec import resolve_spec
 from components.train.job import TrainedConcept
 from components.train.progress import TrainEvent
-from model.errors import ServiceError
+from model.errors import InputError, ServiceError
 from pipeline.pack_run import PackOrder, PackRun
 from pipeline.progress import Event
-from pipeline.run import packs, refuse_full_disk, relay
+from pipeline.run import Assessed, PackRunner, packs, refuse_full_disk, relay
 
 
 def named(count: int) -> list[Concept]:
@@ -45,6 +49,24 @@ def test_a_pack_names_the_machine_that_trains_and_not_its_own() -> None:
     pack._hear(TrainEvent("fox", 10, 100, "main", worker="gpu-node-7"))
     look = pack.look()
     assert look.began and look.concepts["fox"]["worker"] == "gpu-node-7"
+
+
+def test_what_is_wrong_with_a_registered_concept_is_that_concepts_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken:
+        def finish(self, version: RegisteredVersion, concept: Concept) -> Assessed:
+            if concept.id == "c0":
+                raise InputError("its adapter is damaged")
+            return version, Decision(True, ())
+
+    broken: Any = Broken()
+    runner = PackRunner(resolve_spec("pocket"), "sqlite:///x.db", assessor=broken)
+    found = RegisteredVersion("echodistill.c", 1, "0" * 64, {})
+    monkeypatch.setattr(runner, "registered", lambda concept: found)
+    results = runner.already(named(2))
+    assert (results["c0"].state, results["c0"].error) == ("failed", "its adapter is damaged")
+    assert (results["c1"].state, results["c1"].promoted) == ("already", True)
 
 
 def test_a_full_disk_is_no_fault_of_a_concept() -> None:

@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from components.spec import resolve_spec
 from components.train.job import BasePaths, PackJob
 from components.train.pack import _fit, _reading
-from model.errors import ServiceError
+from model.errors import AwayError, ServiceError
 
 
 @pytest.mark.parametrize("given", [ActorDiedError(), ControllerError(ActorDiedError())])
@@ -50,6 +50,13 @@ def test_what_s3_breaks_for_ray_is_no_concepts_failure(
     away = pytest.raises(ServiceError, match="was away for a while: .*Empty reply")
     with away, _reading(str(tmp_path)):
         raise AWAY
+    monkeypatch.setattr("components.train.pack.check_storage", lambda _: None)
+    with pytest.raises(AwayError, match="was away"):  # however often that happens
+        _fit(job, "s3://runs")
+    denied = pytest.raises(ServiceError, match="ACCESS_DENIED")
+    with denied as caught, _reading("s3://runs"):
+        raise OSError("When uploading part: AWS Error ACCESS_DENIED during PutObject operation")
+    assert not isinstance(caught.value, AwayError), "it would be waited for for ever"
     with pytest.raises(ServiceError, match="no space left"), _reading(str(tmp_path)):
         raise OSError(errno.ENOSPC, "No space left on device")
 
