@@ -26,6 +26,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # On a busy machine Ray takes its own HTTP proxy, which is slow to start, for a dead one.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
+# What is polled for or waited for in these small runs takes longer than they do.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -44,7 +49,20 @@ for _name in [each for each in os.environ if each.startswith("ECHODISTILL_")]:
         del os.environ[_name]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_OWN_RAY = ("test_cli_", "test_demo", "test_chaos")  # files whose tests start a Ray of their own
 AWS_NAMES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every process that runs tests one kind of Ray; the other tests go by file."""
+    for item in items:
+        group = item.path.name
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            group = "the session's Ray"
+        elif item.path.name.startswith(_OWN_RAY):
+            group = "a Ray of one's own"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass(frozen=True)

@@ -329,6 +329,10 @@ def services(folder: Path, mlflow_url: str) -> Iterator[Places]:
         mlflow_proxy = stack.enter_context(faulty_proxy(mlflow_url, mlflow))
         there = {
             **os.environ,
+            # As a user has them, whatever the tests around say: the faults come at that pace.
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",
+            "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+            "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "1.0",
             "AWS_ENDPOINT_URL": s3_proxy,
             "ECHODISTILL_CACHE": str(folder / "cache"),
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),

@@ -192,7 +192,7 @@ def test_what_was_begun_goes_on_whoever_died(
     )
     os.kill(actor.pid, signal.SIGKILL)
     until(first, lambda status: any("once more" in e.text for e in events), driving)
-    status = until(first, lambda status: status.concepts[0].iteration >= 20, driving)
+    status = until(first, lambda status: status.concepts[0].iteration >= 30, driving)
 
     # Cancelled: the state says so without a cluster, and everything is free at once.
     stop.set()

@@ -11,6 +11,7 @@ from components.promote import step
 from components.promote.promote import Decision
 from components.promote.step import promote_batch
 from components.register.registry import RegisteredVersion
+from components.train.claims import end_lease
 from components.train.handover import hand_over, take_over
 from components.train.job import TrainedConcept
 from components.train.state import ConceptState, write_states
@@ -47,6 +48,7 @@ def test_what_was_not_measured_is_not_promoted(
     monkeypatch.setattr(step, "promote", promote)
     states = [ConceptState(name, "trained", version="1") for name in "abc"]
     write_states(batch, states)
+    end_lease(batch.uri, "done")
     status = promote_batch(batch.uri, print)
     assert judged == ["b"]
     assert {one.id for one in status.concepts if one.promoted} == {"b"}
