@@ -44,6 +44,7 @@ def test_what_was_not_measured_is_not_promoted(
         judged.append(name)
         return Decision(True, ())
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     monkeypatch.setattr(step, "get_version", get)
     monkeypatch.setattr(step, "promote", promote)
     states = [ConceptState(name, "trained", version="1") for name in "abc"]
