@@ -24,11 +24,11 @@ demo: $(STAMP) ## Train two sample concepts end to end, serve them, write runs/d
 	@$(VENV)/bin/echodistill demo
 
 test: $(STAMP) ## Run every test that needs no GPU
-	@# Two calls: a Ray driver that has lived through the integration tests can end a process
-	@# that starts ranks of its own. Those are grouped by the cluster that they run on
-	@# (tests/conftest.py).
+	@# Tests that run a Ray fill two cores, so they follow each other; the others do not wait for
+	@# them. A Ray driver that has lived through many can end a process that starts ranks of its own.
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal tests/test_house.py tests/unit
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadgroup tests/integration tests/chaos
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile -m "not ray" tests/integration
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m ray tests/integration tests/chaos
 
 chaos: $(STAMP) ## Train twelve concepts under twenty-five faults; takes many minutes
 	@OMP_NUM_THREADS=1 $(PY) -m tests.chaos

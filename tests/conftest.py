@@ -53,16 +53,13 @@ _OWN_RAY = ("test_cli_", "test_demo", "test_chaos")  # files whose tests start a
 AWS_NAMES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
+@pytest.hookimpl(tryfirst=True)  # `-m ray` reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every process that runs tests one kind of Ray; the other tests go by file."""
+    """Mark the tests that run a Ray, the session's or one of their own."""
     for item in items:
-        group = item.path.name
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            group = "the session's Ray"
-        elif item.path.name.startswith(_OWN_RAY):
-            group = "a Ray of one's own"
-        item.add_marker(pytest.mark.xdist_group(group))
+        fixtures = getattr(item, "fixturenames", ())
+        if "ray_cluster" in fixtures or item.path.name.startswith(_OWN_RAY):
+            item.add_marker(pytest.mark.ray)
 
 
 @dataclass(frozen=True)
