@@ -52,12 +52,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Turn:
-    """Some concepts of a pack that wait for their turn."""
+    """Some concepts of a pack that wait for their turn, or go on under the name of a run."""
 
     pack: int
     ids: tuple[str, ...]
     attempt: int = 1
     not_before: float = 0.0
+    run: str = ""
 
 
 @dataclass
@@ -240,7 +241,7 @@ class Driver:
 
     def _start(self, turn: _Turn) -> bool:
         """Claim a pack's digests and start what was got; the rest is looked at again later."""
-        run = self._run_name(turn)
+        run = turn.run or self._run_name(turn)
         try:
             taken = dict(
                 zip(
@@ -250,7 +251,7 @@ class Driver:
                 )
             )
         except ServiceError as error:  # the storage may be back
-            self._requeue(turn.pack, turn.ids)
+            self._queue.append(replace(turn, not_before=time.monotonic() + self._held_seconds))
             log.warning("%s waits: %s", run, error)
             return False
         except EchoDistillError as error:
@@ -278,7 +279,7 @@ class Driver:
             hand_over=self._batch.uri if self._batch.train_only else None,
         )
         actor = _actor(order)
-        flown = replace(turn, ids=tuple(claims))
+        flown = replace(turn, ids=tuple(claims), run=run)
         self._flights[actor.run.remote()] = _Flight(flown, actor, list(claims.values()), held)
         return True
 

@@ -236,11 +236,11 @@ def record_metrics(
         PROTOCOL_TAG: found.protocol,
         PHOTOS_TAG: found.photos,
     }
-    set_tags(version, how, tracking_uri=tracking_uri)
     client = connect(tracking_uri)
     with reaching(tracking_uri):
         if card:
             client.update_model_version(version.name, str(version.version), card)
         for path in found.pictures.values() if version.run_id else ():
             client.log_artifact(version.run_id, str(path), "evaluation")
+    set_tags(version, how, tracking_uri=tracking_uri)
     return set_metrics(version, found.figures(), tracking_uri=tracking_uri)

@@ -190,9 +190,9 @@ def write_unlogged(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def read_unlogged(folder: Path) -> list[Entry]:
-    """Read the entries that were not delivered when a checkpoint was made."""
+    """Read the entries that were not delivered when a checkpoint was made, if that is whole."""
     try:
         found: list[Entry] = json.loads((folder / UNLOGGED).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return []
     return found

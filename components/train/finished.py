@@ -49,14 +49,16 @@ def _finished(checkpoint: str, digests: Mapping[str, str], out: Path) -> dict[st
     entry = store.find(store.join(checkpoint, RESULTS))
     try:
         written = json.loads(store.fetch(entry).read_text()) if entry else {}
+        there = [name for name, facts in written.items() if _is(facts, digests.get(name))]
+        if not there:
+            return {}
+        wanted = (RESULTS, UNLOGGED, *(f"{ADAPTERS}/{name}/" for name in there))
+        with store.fetched_folder(checkpoint, lambda name: name.startswith(wanted)) as folder:
+            if not all((folder / ADAPTERS / name).is_dir() for name in there):
+                raise InputError(f"{checkpoint} is not whole: it has no adapter of a result")
+            return {made.id: made for made in read_results(folder, there, out)}
     except ValueError as error:  # it was just being written
-        raise InputError(f"{checkpoint}/{RESULTS} is not whole") from error
-    there = [name for name, facts in written.items() if _is(facts, digests.get(name))]
-    if not there:
-        return {}
-    wanted = (RESULTS, UNLOGGED, *(f"{ADAPTERS}/{name}/" for name in there))
-    with store.fetched_folder(checkpoint, lambda name: name.startswith(wanted)) as folder:
-        return {made.id: made for made in read_results(folder, there, out)}
+        raise InputError(f"{checkpoint} is not whole: {error}") from error
 
 
 def _disk_error(error: OSError, where: Path) -> EchoDistillError:

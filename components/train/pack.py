@@ -39,7 +39,8 @@ _WORKER_ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
 }
 
-# What pyarrow says of S3's answers that asking again does not change.
+_AWS = "AWS Error"  # pyarrow says so of every answer of S3's, and of none at all
+# What it says of those that asking again does not change.
 _REFUSALS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -209,22 +210,29 @@ def _reading(storage: str) -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise disk_error(error, storage) from error
         check_storage(storage)
+        if _AWS not in str(error):
+            raise ServiceError(f"{storage}: {_reason(error)}") from error
         raise _was_away(storage, error) from error
 
 
 def _was_away(storage: str, error: Exception) -> ServiceError:
     """Say so; AwayError unless S3 was there and refused, which it may do for ever."""
-    refused = any(word in str(error) for word in _REFUSALS) or not store.is_s3(storage)
+    said = " ".join(str(cause) for cause in _causes(error))
+    refused = any(word in said for word in _REFUSALS) or not store.is_s3(storage)
     kind = ServiceError if refused else AwayError
     return kind(f"{storage} was away for a while: {_reason(error)}")
 
 
 def _of_storage(error: Any) -> bool:
     """Tell whether workers or their controller broke because of an answer of S3's."""
+    return any(isinstance(each, OSError) and _AWS in str(each) for each in _causes(error))
+
+
+def _causes(error: Any) -> list[Any]:
+    """Return what broke workers or their controller, whole: Ray shortens it in its own error."""
     failures = [*getattr(error, "worker_failures", {}).values()]
     failures.append(getattr(error, "controller_failure", None))
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    return any(isinstance(cause, OSError) and "AWS Error" in str(cause) for cause in causes)
+    return [error, *(getattr(failure, "_base_exc", failure) for failure in failures)]
 
 
 def uses_cuda(device: str) -> bool:

@@ -196,6 +196,9 @@ def test_two_runs_of_a_pack_at_once_have_different_names(tmp_path: Path) -> None
     assert whole == batch.run_name(0) and len({whole, one, other}) == 3
     driver._states.put(0, replace(b, state="trained", version="1"))
     assert driver._run_name(_Turn(0, ("a",))) == whole, "what is left goes on where the pack was"
+    driver._again(_Turn(0, ("a",), run=one), "its process died")
+    driver._wait(_Turn(0, ("a",), run=one), "s3 is away")
+    assert [turn.run for turn in driver._queue] == [one, one], "what was begun keeps its name"
 
 
 def version(tags: dict[str, str], number: int = 2) -> RegisteredVersion:

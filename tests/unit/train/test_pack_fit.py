@@ -56,7 +56,11 @@ def test_what_s3_breaks_for_ray_is_no_concepts_failure(
     denied = pytest.raises(ServiceError, match="ACCESS_DENIED")
     with denied as caught, _reading("s3://runs"):
         raise OSError("When uploading part: AWS Error ACCESS_DENIED during PutObject operation")
-    assert not isinstance(caught.value, AwayError), "it would be waited for for ever"
+    own = pytest.raises(ServiceError, match="s3://runs: .*Permission denied")
+    with own as local, _reading("s3://runs"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/cache/runs")
+    for each in (caught, local):
+        assert not isinstance(each.value, AwayError), "it would be waited for for ever"
     with pytest.raises(ServiceError, match="no space left"), _reading(str(tmp_path)):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from components.train.delivery import read_unlogged
+from components.train.finished import finished
 from components.train.record import last_checkpoint, mend_record
 from model.errors import InputError
 
@@ -25,3 +28,15 @@ def test_a_record_that_is_not_whole_is_written_anew(tmp_path: Path) -> None:
     mended = record.read_text()
     mend_record(storage, "run")
     assert record.read_text() == mended
+
+
+def test_a_checkpoint_that_is_half_written_is_not_taken_over(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint_1"
+    place.mkdir()
+    result = {"state": "trained", "digest": "d"}
+    for text in ('{"fox": {"sta', json.dumps({"fox": result})):  # and its adapter is not there
+        (place / "pack.json").write_text(text)
+        with pytest.raises(InputError, match="is not whole"):
+            finished(str(place), {"fox": "d"}, tmp_path / "out")
+    (place / "tracking.json").write_text("[{")
+    assert read_unlogged(place) == []
