@@ -135,7 +135,7 @@ def _differences(given: Any) -> str:
     if given.against not in trainings:
         return f"{given.against} has not been measured"
     lines = [f"less {given.against}: identity, identity by the judge, text, distance to the truth"]
-    theirs = {name: _by_concept(each) for name, each in trainings.items()}
+    theirs = {name: by_concept(each) for name, each in trainings.items()}
     base = theirs.pop(given.against)
     for name, mine in theirs.items():
         for method in (each for each in base if each in mine):
@@ -148,7 +148,7 @@ def _differences(given: Any) -> str:
     return "\n".join(lines)
 
 
-def _by_concept(trainings: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+def by_concept(trainings: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Give a variant's figures by method and concept, each the mean over its trainings."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for document in trainings:
