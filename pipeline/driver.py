@@ -216,12 +216,12 @@ class Driver:
         """
         wanted = {name: self._digests[name] for name in names}
         own = spec_digest(self._batch.spec)
+        found = find_versions(wanted, own, tracking_uri=self._registry)
         results = {}
-        for name, (version, champion) in find_versions(
-            wanted, own, tracking_uri=self._registry
-        ).items():
-            judged = GATE_TAG in version.tags or (champion or 0) >= version.version
-            if MEASURED not in version.metrics or champion is None or not judged:
+        for name, (version, champion) in found.items():
+            if MEASURED not in version.metrics or champion is None:
+                continue
+            if GATE_TAG not in version.tags and champion < version.version:
                 continue
             result = from_version(self._concepts[name], version, "already", already_note(version))
             results[name] = replace(result, promoted=champion == version.version)

@@ -18,7 +18,7 @@ from model.errors import InputError, ServiceError
 from serve.auth import ApiKeys, read_keys
 from serve.settings import ServeSettings
 
-READY_SECONDS = 120.0
+READY_SECONDS = 60.0
 OBJECT_STORE_BYTES = 200 * 2**20
 # What Ray's processes are told. An answer is half a megabyte: it goes with the reply, not by way of
 # the object store, and gateway and painter, which only wait, run in one thread each, not three. The

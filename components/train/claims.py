@@ -110,7 +110,7 @@ class Lease:
             try:
                 if not self._renew_once():
                     self.lost.set()
-            except Exception as error:  # the store may be back before the lease runs out
+            except Exception as error:  # whatever it is: unless it is tried again the lease is lost
                 log.warning("the lease on %s could not be renewed: %s", self.uri, error)
             self._say_how_late(awake - asleep - self._seconds / 3, time.monotonic() - awake)
             if self.lost.is_set():

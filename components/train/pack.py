@@ -218,8 +218,7 @@ def _reading(storage: str) -> Iterator[None]:
 def _was_away(storage: str, error: Exception) -> ServiceError:
     """Say so; AwayError unless S3 was there and refused, which it may do for ever."""
     said = " ".join(str(cause) for cause in _causes(error))
-    refused = any(word in said for word in _REFUSALS) or not store.is_s3(storage)
-    kind = ServiceError if refused else AwayError
+    kind = ServiceError if any(word in said for word in _REFUSALS) else AwayError
     return kind(f"{storage} was away for a while: {_reason(error)}")
 
 

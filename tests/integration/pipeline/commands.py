@@ -60,7 +60,7 @@ def start(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str, cwd: Path, timeout: float = 600, **env: str) -> Finished:
+def run(*arguments: str, cwd: Path, timeout: float = 240, **env: str) -> Finished:
     """Run `echodistill` in `cwd` to its end."""
     process = start(*arguments, cwd=cwd, **env)
     try:

@@ -31,7 +31,7 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
-def left_behind(mark: str, patience: float = 30.0) -> dict[int, str]:
+def left_behind(mark: str, patience: float = 5.0) -> dict[int, str]:
     """Marked processes that are still there after `patience` seconds."""
     deadline = time.monotonic() + patience
     while (found := marked(mark)) and time.monotonic() < deadline:

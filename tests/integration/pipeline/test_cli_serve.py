@@ -28,7 +28,7 @@ def test_serve_says_where_and_stops_on_sigterm(tiny_base: Path, tmp_path: Path) 
         with urllib.request.urlopen(f"{document['url']}/v1/models", timeout=30) as answer:
             assert [model["id"] for model in json.load(answer)["data"]] == ["tiny"]
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=180)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, stderr

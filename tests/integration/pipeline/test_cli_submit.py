@@ -44,20 +44,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
 
     home = tmp_path_factory.mktemp("cluster")
     scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
-    mark, port, gcs, agent, client = new_mark(), *(free_port() for _ in range(4))
+    mark, port, gcs, agent = new_mark(), free_port(), free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
         *("--port", str(gcs), "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
-        *("--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)),
-        *("--temp-dir", scratch),
+        *("--dashboard-agent-listen-port", str(agent), "--temp-dir", scratch),
     ]
     # Its actors look their cluster up by RAY_ADDRESS: there may be others on this machine.
     own = environment(home, **{MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"})
     with (home / "head.log").open("w") as log:
         ray = subprocess.Popen(command, env=own, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)):
             assert ray.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
@@ -78,7 +77,7 @@ def cluster(head: tuple[str, str]) -> str:
 
 def wait_for(condition: Callable[[Any], bool], *words: str, cwd: Path) -> Any:
     """Ask for the status until it is such; gives the document."""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         done = run_here("status", *words, "--json", cwd=cwd)
         if done.code in (0, 1) and condition(done.document):

@@ -90,7 +90,7 @@ def test_a_signal_to_all_its_processes_ends_everything(
         # As a terminal's Ctrl-C and a service manager do: Ray's processes get it too.
         os.killpg(process.pid, number)
         process.send_signal(number)  # an impatient person
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=45)
     finally:
         process.kill()
     assert process.returncode == 130, stderr

@@ -81,7 +81,7 @@ def test_ctrl_c_and_failure_leave_nothing_behind(arguments: list[str], tmp_path:
                 break
         assert len(marked(mark)) > 3
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: Ray's processes get it too
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=90)
     finally:
         process.kill()
     assert process.returncode == 130, stderr
