@@ -1,6 +1,6 @@
 """The echo stage: the student's own samples join the references (METHOD.md "Echo").
 
-One step makes a sample nearly free. Those whose identity is nearest to the references' are kept;
+One step, or a few, make a sample nearly free. Those nearest to the references by identity are kept;
 teacher and student then go on training on the enlarged set.
 """
 
@@ -76,7 +76,7 @@ def echo_round(
         teacher: the teacher's weights, for the token rows.
         student: the student's weights.
         concepts: the pack, in order.
-        settings: how many samples, and which part of them is kept.
+        settings: how many samples, in how many steps, and which part of them is kept.
         seed: the run's seed.
         iteration: the iteration that the round comes before; keys its draws.
     """
@@ -85,7 +85,9 @@ def echo_round(
         samples: list[EchoSample] = []
         for first in range(0, settings.samples, _BATCH):
             items = range(first, min(first + _BATCH, settings.samples))
-            samples += _draw(frozen, teacher, student, concept, n, seed, iteration, items)
+            samples += _draw(
+                frozen, teacher, student, concept, n, seed, iteration, items, settings.steps
+            )
         similarities = _similarities(frozen, concept, samples)
         rounds.append(
             EchoRound(_best(samples, similarities, settings), similarities, tuple(samples))
@@ -102,6 +104,7 @@ def _draw(
     seed: int,
     iteration: int,
     items: Sequence[int],
+    steps: int,
 ) -> list[EchoSample]:
     """Draw some samples of the n-th concept; each depends on its item number alone."""
     pair = frozen.pair
@@ -116,7 +119,7 @@ def _draw(
     tokenized = tokenize(pair.tokenizer, prompts, [concept.text.token])
     text_states, _ = teacher(pair.text_encoder, tokenized, place)
     kv = student(pair.text_encoder, tokenized, place, text_states)
-    images = sample_student(pair, kv, torch.stack(noise))
+    images = sample_student(pair, kv, torch.stack(noise), steps)
     return [EchoSample(i, p) for i, p in zip(to_uint8(images), prompts, strict=True)]
 
 

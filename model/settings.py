@@ -144,6 +144,7 @@ class EchoSettings:
         iterations_share: iterations of a round as a part of the main stage's.
         share: probability that an item of a batch is a student sample.
         keep: part of the samples kept, those nearest to the references by identity.
+        steps: network evaluations of a sample; in more than one it can be a better picture.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
@@ -153,10 +154,12 @@ class EchoSettings:
     iterations_share: float = 0.25
     share: float = 0.5
     keep: float = 0.5
+    steps: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing (ValueError)."""
         _check(self, 1, 4096, "samples")
+        _check(self, 1, 50, "steps")
         _check(self, 0, 100, "rounds")
         _check(self, 0, 10, "iterations_share")
         _check(self, 0, 1, "share", "keep")

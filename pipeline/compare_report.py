@@ -148,11 +148,13 @@ def claims(found: Comparison) -> list[dict[str, Any]]:
     gain = difference(found, "teacher", "student_base", "identity_independent")
     rows.append(_claim("the teacher learned", gain))
     rows.append(_coverage(found))
-    for part in ("no_adversarial", "separate_text", "no_follow", "no_echo"):
+    for part in ("no_adversarial", "separate_text", "no_follow", "no_echo", "no_echo_stage"):
         lead = difference(found, FULL, part, "identity_independent")
         rows.append(_claim(f"{part} costs identity", lead))
-    raised = difference(found, "echodistill_teacher", "no_echo_teacher", "identity_independent")
-    rows.append(_claim("echo raises the teacher's identity", raised))
+    for without, words in (("no_echo", "echo"), ("no_echo_stage", "the echo stage")):
+        before = f"{without}_teacher"
+        raised = difference(found, "echodistill_teacher", before, "identity_independent")
+        rows.append(_claim(f"{words} raises the teacher's identity", raised))
     return rows
 
 

@@ -1,7 +1,8 @@
 """The methods that `echodistill compare` sets side by side, each as settings of the run spec.
 
 All are trained by the one training path, on the same references, with the same number of steps of
-whatever they train, and drawn under the same prompts and seeds.
+whatever they train (but for `no_echo_stage`, which ends where echo begins), and drawn under the
+same prompts and seeds.
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ METHODS = (
     Method("no_follow", "student does not follow the teacher", "no_follow", "student"),
     Method("no_echo", "without echo", "no_echo", "student"),
     Method("no_echo_teacher", "its teacher, 25 steps", "no_echo", "teacher", TEACHER_STEPS),
+    Method("no_echo_stage", "without the echo stage's iterations", "no_echo_stage", "student"),
+    Method(
+        "no_echo_stage_teacher",
+        "its teacher, 25 steps",
+        "no_echo_stage",
+        "teacher",
+        TEACHER_STEPS,
+    ),
     Method("echodistill", "EchoDistill, one step", "echodistill", "student"),
     Method("echodistill_4_steps", "the same in four steps", "echodistill", "student", 4),
     Method("echodistill_teacher", "its teacher, 25 steps", "echodistill", "teacher", TEACHER_STEPS),
@@ -96,7 +105,8 @@ def run_spec(run: str, spec: RunSpec) -> RunSpec:
         "separate_text": ["method.shared_text=false"],
         # A student that does not follow has the whole way to go, at the teacher's rate.
         "no_follow": ["method.follow=false", f"train.student_lr={spec.train.teacher_lr}"],
-        "no_echo": without_echo,
+        "no_echo": without_echo,  # as many iterations, on the references alone
+        "no_echo_stage": ["echo.rounds=0"],  # the only one that trains for less time
         FULL: [],
     }
     # How adapters are stored is not what is compared, and finding a low rank takes its time.

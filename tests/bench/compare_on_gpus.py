@@ -108,7 +108,7 @@ def _tables(out: Path) -> str:
         columns = zip(*found[method.name].values(), strict=True)
         figures = " | ".join(_told(estimate(column), "") for column in columns)
         lines.append(f"| {method.words} | {method.steps} | {figures} |")
-    for against in (each for each in (FULL, "no_echo_teacher") if each in found):
+    for against in (each for each in (FULL, "echodistill_teacher") if each in found):
         lines.append(f"less {against}, on the same concepts:")
         for name in (each for each in found if each != against):
             lines.append(f"  {name}: {_differences(found[name], found[against])}")

@@ -17,7 +17,10 @@ from model.errors import InputError
 from model.identity import identity_features, load_image_projection
 from model.iteration import Frozen
 from model.metrics import clip_i, clip_t, dino, load_clip_text, mean_cosine, without_token
+from model.randomness import generator, normal
+from model.sampler import sample_student, to_uint8
 from model.settings import EchoSettings
+from model.text import tokenize
 from model.views import TEMPLATES, square
 from tests.tiny import TinyPaths
 from tests.unit.model.packs import trained
@@ -70,6 +73,28 @@ def test_samples_are_the_same_alone_and_in_a_pack_and_differ_by_round(
     packed, alone = rounds(concepts)[1], rounds(concepts[1:2])[0]
     assert (packed - alone).abs().max() <= 1
     assert (rounds(concepts[1:2], iteration=10)[0] - alone).abs().max() > 10
+
+
+def test_samples_are_drawn_in_as_many_steps_as_asked(
+    frozen: Frozen, concepts: tuple[ConceptData, ...]
+) -> None:
+    own, (concept,) = trained(frozen, concepts[:1]), concepts[:1]
+    settings = EchoSettings(samples=2, steps=3)
+    (result,) = echo_round(
+        frozen, own.teacher, own.student, [concept], settings, seed=1, iteration=9
+    )
+    prompts = tokenize(
+        frozen.pair.tokenizer, [s.prompt for s in result.drawn], [concept.text.token]
+    )
+    place = torch.zeros(2, dtype=torch.long)
+    text_states, _ = own.teacher(frozen.pair.text_encoder, prompts, place)
+    kv = own.student(frozen.pair.text_encoder, prompts, place, text_states)
+    shape = frozen.pair.latent_shape
+    noise = [normal(shape, generator(1, concept.id, 9, "echo-noise", i)) for i in range(2)]
+    drawn = torch.stack([sample.image for sample in result.drawn]).int()
+    for steps, alike in ((3, True), (1, False)):
+        pictures = to_uint8(sample_student(frozen.pair, kv, torch.stack(noise), steps)).int()
+        assert (int((pictures - drawn).abs().max()) <= 1) is alike
 
 
 def test_keeping_rounds_and_never_to_nothing(
