@@ -92,7 +92,10 @@ def evaluate(
     samples: Annotated[Path | None, typer.Option(help="Write a grid of pictures there.")] = None,
     unseen: Annotated[
         Path | None,
-        typer.Option(help="Write 40 one-step pictures of unseen combinations, drawn by lot."),
+        typer.Option(
+            help="Write 40 one-step pictures of unseen combinations, drawn by lot; beside them "
+            "the teacher's and the truth."
+        ),
     ] = None,
     speed: Annotated[bool, typer.Option(help="Time the parts of one picture.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
@@ -114,8 +117,9 @@ def evaluate(
     if unseen:
         if apart is None:
             raise InputError("--unseen needs the world: give --count 1 or more.")
-        picture, captions = of.unseen(painter, apart)
-        picture.save(unseen, **_WEBP)
+        captions, grids = of.unseen(painter, apart)
+        for which, picture in grids.items():
+            picture.save(unseen.with_stem(unseen.stem + which), **_WEBP)
         write_text(unseen.with_suffix(".txt"), "\n".join(captions) + "\n")
     if speed:
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
@@ -132,6 +136,19 @@ def export_pair(work: Work = _WORK, out: Path = Path("model/pocket")) -> None:
 
     _built_world(work)
     export(work / "state", work / "world", out)
+    typer.echo(f"{out}")
+
+
+@app.command()
+def average(
+    files: Annotated[list[Path], typer.Argument(help="Packed networks of one origin.")],
+    out: Annotated[Path, typer.Option(help="File of their mean.")],
+) -> None:
+    """Pack the mean of networks that were trained from the same one, such as two students."""
+    from components.pretrain.export import mean_of
+    from components.pretrain.training import write_tensors
+
+    write_tensors(out, mean_of(files))
     typer.echo(f"{out}")
 
 

@@ -56,8 +56,10 @@ def samples(painter: Painter, seed: int = 1) -> Image.Image:
     return grid(torch.cat(rows), COLUMNS)
 
 
-def unseen(painter: Painter, world: World, count: int = 40, seed: int = 7) -> Any:
-    """Pictures of the student in one step for captions drawn by lot, and these captions.
+def unseen(
+    painter: Painter, world: World, count: int = 40, seed: int = 7
+) -> tuple[list[str], dict[str, Image.Image]]:
+    """Pictures of the student in one step for captions drawn by lot, and what to hold them against.
 
     Args:
         painter: the pair.
@@ -66,13 +68,20 @@ def unseen(painter: Painter, world: World, count: int = 40, seed: int = 7) -> An
         seed: of captions and noise.
 
     Returns:
-        (grid of the pictures, captions in reading order).
+        (the captions in reading order; grids of the pictures, of the teacher's in 25 steps and of
+        the true renders, by what the name of their file has after its stem).
     """
     gen = world.generator(seed)
     scenes = world.sample(2 * count, gen, alone=True, zoom=NORMAL)
     pieces = world.captions(scenes, gen)
-    captions = world.captioner.text(pieces[pieces[:, -1] > 0][:count])  # the scene is named
-    return grid(painter.draw(captions, seed), 10), captions
+    named = pieces[:, -1] > 0  # the scene is named
+    captions = world.captioner.text(pieces[named][:count])
+    pictures = {
+        "": painter.draw(captions, seed),
+        "-teacher": painter.teach(captions, seed),
+        "-truth": world.render(scenes)[0][named][:count],
+    }
+    return captions, {name: grid(each, 10) for name, each in pictures.items()}
 
 
 @torch.no_grad()

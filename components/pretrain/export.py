@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from components.pretrain import networks
@@ -20,7 +24,8 @@ from components.pretrain.subjects import SAMPLE_CONCEPTS
 from components.pretrain.training import write_tensors, write_text
 from components.pretrain.vision import text_encoder_of
 from components.pretrain.world import NORMAL, World
-from model.pocket.storage import pack
+from model.errors import InputError
+from model.pocket.storage import pack, unpack
 
 # Where the reference pictures of a sample concept are taken; new scenes are for prompts.
 REFERENCE_SCENES = ("grass", "wood", "plain_white", "room", "plain_blue")
@@ -38,6 +43,30 @@ def export(state: Path, world_folder: Path, out: Path) -> None:
         write_tensors(out / "weights" / f"{name}.safetensors", tensors)
     write_layout(world_folder / "tokenizer", out / "layout")
     write_concepts(World(world_folder, "cpu", held_out=True), out / "concepts")
+
+
+def mean_of(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the packed mean of packed networks, taken in float32.
+
+    Raises:
+        InputError: when one cannot be read, or they are not of one network.
+    """
+    states = [_unpacked(path) for path in files]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    for path, own in zip(files, shapes, strict=True):
+        if own != shapes[0]:
+            raise InputError(f"{path} is not of the same network as {files[0]}.")
+    means = {
+        name: torch.stack([state[name].float() for state in states]).mean(0) for name in shapes[0]
+    }
+    return pack(means)
+
+
+def _unpacked(path: Path) -> dict[str, Tensor]:
+    try:
+        return unpack(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a packed network.") from None
 
 
 def write_layout(tokenizer_folder: Path, out: Path) -> None:

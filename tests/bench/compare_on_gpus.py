@@ -54,6 +54,7 @@ def _parsed() -> Any:
     parser.add_argument("--trainings", type=int, default=2, help="with the seeds 0, 1, ...")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=4, help="of the pictures")
+    parser.add_argument("--concepts", help="a folder of them; default: the samples that ship")
     parser.add_argument("--limit", type=int, help="only so many concepts, spread")
     parser.add_argument("--pack", type=int, default=12)
     parser.add_argument("--gpus", type=int, default=1, help="0: on the CPU")
@@ -80,7 +81,7 @@ def _run(given: Any, name: str, methods: list[str], sets: list[str], gpu: str) -
     (place / "variant.txt").write_text(f"{name} {' '.join(sets)}\n")
     command = [sys.executable, "-m", "tests.bench.search_settings", f"{place}/variant.txt"]
     command += ["--out", str(place), "--methods", ",".join(methods), "--grid"]
-    for option in ("prompts", "seeds", "limit", "pack"):
+    for option in ("concepts", "prompts", "seeds", "limit", "pack"):
         if getattr(given, option) is not None:
             command += [f"--{option}", str(getattr(given, option))]
     command += ["--device", "cuda" if gpu else "cpu"]

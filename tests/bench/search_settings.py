@@ -68,6 +68,7 @@ def _parsed() -> Any:
     parser.add_argument("variants", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/search"))
     parser.add_argument("--methods", default="student_base,echodistill,echodistill_teacher")
+    parser.add_argument("--concepts", help="a folder of them; default: the samples that ship")
     parser.add_argument("--limit", type=int, help="only so many concepts, spread")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
@@ -96,7 +97,7 @@ def _try(given: Any, sets: list[str]) -> dict[str, Any]:
     own = [storage, f"pack.size={given.pack}", f"train.device={given.device}"]
     # On two workers and on one the same to the last bit is not what is asked here.
     spec = resolve_spec("pocket", None, [*own, "train.items_at_once=null", *sets])
-    concepts = load_concepts(None, given.limit)
+    concepts = load_concepts(given.concepts, given.limit)
     found = compare(
         concepts,
         choose(given.methods),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from components.pretrain.export import mean_of
+from model.errors import InputError
 from model.pocket.storage import SCALE, SMALLEST, pack, unpack
 from tests.unit.pretrain.conftest import POCKET
 
@@ -89,3 +93,22 @@ def test_bfloat16_and_views_can_be_packed() -> None:
     assert_within_half_a_step(weight.float())
     assert torch.equal(unpack(pack({"w": weight}))["w"], unpack(pack({"w": weight.float()}))["w"])
     assert pack({"w": weight.T})["w"].is_contiguous()
+
+
+def test_the_mean_of_packed_networks(tmp_path: Path) -> None:
+    first, second = ({"w": matrix(rows, 64), "b": torch.ones(3)} for rows in (32, 33))
+    second["w"] = second["w"][:32]
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, state in zip(paths, (first, second), strict=True):
+        save_file(pack(state), path)
+    mean = unpack(mean_of(paths))
+    step = first["w"].abs().amax(1, keepdim=True).maximum(second["w"].abs().amax(1, keepdim=True))
+    # A half of what each file has lost, and what the mean's own steps lose.
+    assert ((mean["w"].float() - (first["w"] + second["w"]) / 2).abs() <= step / 127 * 1.01).all()
+    assert (mean["b"] == 1).all()
+    save_file(pack({"w": first["w"]}), paths[1])
+    with pytest.raises(InputError, match=r"b\.safetensors is not of the same network"):
+        mean_of(paths)
+    paths[1].write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=r"b\.safetensors cannot be read"):
+        mean_of(paths)
