@@ -24,7 +24,7 @@ app = typer.Typer(
 Work = Annotated[Path, typer.Option(help="Folder of the world, the downloads and the state.")]
 Device = Annotated[str, typer.Option(help="cuda or cpu.")]
 _WORK = Path("build/pocket")
-_WEBP: dict[str, Any] = {"quality": 47, "method": 6}  # other kinds of file take no notice
+_WEBP: dict[str, Any] = {"quality": 40, "method": 6}  # other kinds of file take no notice
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
