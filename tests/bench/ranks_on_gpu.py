@@ -229,6 +229,23 @@ def table(document: Document) -> str:
     return "\n".join(lines)
 
 
+def chart(document: Document) -> str:
+    """Draw packs side by side, as Mermaid that GitHub shows."""
+    rows = [row for row in document["rows"] if "over_one" in row]
+    rates = [row["concepts_per_hour"] for row in rows]
+    whole = [round(rates[0] * row["gpus"], 2) for row in rows]
+    return "\n".join(
+        (
+            "xychart-beta",
+            '    title "Packs side by side; the line is one GPU times their number"',
+            f"    x-axis GPUs {json.dumps([str(row['gpus']) for row in rows])}",
+            f'    y-axis "concepts an hour" 0 --> {max(rates + whole)}',
+            f"    bar {rates}",
+            f"    line {whole}",
+        )
+    )
+
+
 def main() -> int:
     """Measure on one number of GPUs after the other; exit code 1 when a process failed."""
     options = _parsed()
@@ -245,6 +262,8 @@ def main() -> int:
             together(options, document, count)
             path.write_text(json.dumps(document, indent=2) + "\n")
         print(table(document), flush=True)
+    if any("over_one" in row for row in document["rows"]):
+        path.with_suffix(".mmd").write_text(chart(document) + "\n")
     return 0 if all(_whole(options, document, count) for count in options.gpus) else 1
 
 
