@@ -57,8 +57,8 @@ class TrainSpec(_Section):
 
     `items_at_once` splits a worker's items of a concept into passes of so many; None makes one
     pass. With one item a pass most of the round-off is the same whatever the number of workers.
-    `checkpointing` computes activations again in the backward pass instead of keeping them: about a
-    third more time, for GPUs with little memory. `channels_last` lays the convolutional networks
+    `checkpointing` computes activations again in the backward pass instead of keeping them: a fifth
+    more operations, for GPUs with little memory. `channels_last` lays the convolutional networks
     out as a GPU's matrix units want them; auto: on a GPU, if compiled. `compile` has torch compile
     the frozen networks' blocks, anew for every pack size. `cuda_graphs` records their work of an
     iteration and replays it, so that a GPU waits for no launches; elsewhere it does nothing.

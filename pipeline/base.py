@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from components.spec import preset_names
@@ -24,7 +25,7 @@ def own_base(base: str) -> dict[str, str]:
     Raises:
         InputError: when it is no such folder.
     """
-    folder = _folder(base, ("teacher", "student"))
+    folder = _folder(base, ("teacher", "student"), ["pocket"])
     return {
         "base": _name(folder),
         "teacher": str(folder / "teacher"),
@@ -44,7 +45,7 @@ def base_settings(base: str | None) -> tuple[str | None, list[str]]:
     """
     if base is None or base in preset_names():
         return base, []
-    folder = _folder(base, tuple(PARTS))
+    folder = _folder(base, tuple(PARTS), preset_names())
     sets = [f"base.name={json.dumps(_name(folder))}"]
     for part, keys in PARTS.items():
         sets += [f"base.{key}={json.dumps(str(folder / part))}" for key in keys]
@@ -53,11 +54,11 @@ def base_settings(base: str | None) -> tuple[str | None, list[str]]:
     return None, sets
 
 
-def _folder(base: str, parts: tuple[str, ...]) -> Path:
+def _folder(base: str, parts: tuple[str, ...], ships: Sequence[str]) -> Path:
     folder = Path(base).expanduser()
     if not folder.is_dir():
         raise InputError(
-            f"there is no base {base!r}: give one that ships ({', '.join(preset_names())}) or a "
+            f"there is no base {base!r}: give one that ships ({', '.join(ships)}) or a "
             f"folder that holds {', '.join(f'{part}/' for part in parts)}"
         )
     missing = [part for part in parts if not (folder / part).is_dir()]

@@ -84,7 +84,8 @@ def choose(names: str | None, default: tuple[str, ...] | None = None) -> list[Me
         InputError: for a name that no method has.
     """
     known = {method.name: method for method in METHODS}
-    wanted = [name.strip() for name in names.split(",")] if names else list(default or known)
+    every = list(default or known)
+    wanted = every if names is None else [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in known:
             raise InputError(f"there is no method {name!r}: choose from {', '.join(known)}")

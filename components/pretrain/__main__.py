@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import typer
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 
 from model.errors import EchoDistillError, InputError
 
@@ -21,10 +22,22 @@ app = typer.Typer(
     add_completion=False,
     help="Make the pocket base pair that ships with the project.",
 )
+
+
+def _device(name: str) -> str:
+    """Refuse a device that torch does not have (typer.BadParameter)."""
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(
+            f"{name!r} is not there: take cpu, or cuda on a machine with a GPU"
+        )
+    return name
+
+
 Work = Annotated[Path, typer.Option(help="Folder of the world, the downloads and the state.")]
-Device = Annotated[str, typer.Option(help="cuda or cpu.")]
+Device = Annotated[str, typer.Option(help="cuda or cpu.", callback=_device)]
 _WORK = Path("build/pocket")
-_WEBP: dict[str, Any] = {"quality": 40, "method": 6}  # other kinds of file take no notice
+_WEBP: dict[str, Any] = {"quality": 35, "method": 6}  # other kinds of file take no notice
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -56,7 +69,12 @@ def train(
     state = _state(work, dry)
     recipe = adjusted(DRY if dry else Recipe(), sets or ())
     kitchen = Kitchen(recipe, work / "world", state, Clock(seconds), device)
-    for stage in [s for s in stages.split(",") if s] or (*STAGES, JUDGE):
+    every = (*STAGES, JUDGE)
+    wanted = [name.strip() for name in stages.split(",") if name.strip()] or every
+    for stage in wanted:
+        if stage not in every:
+            raise InputError(f"No stage is called {stage!r}: give one of {', '.join(every)}.")
+    for stage in wanted:
         try:
             kitchen.cook(stage)
         except OutOfTime as stop:
@@ -98,14 +116,18 @@ def evaluate(
         ),
     ] = None,
     speed: Annotated[bool, typer.Option(help="Time the parts of one picture.")] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
 ) -> None:
-    """Print the pair's figures as JSON; text agreement needs the built world, the rest does not."""
+    """Print the pair's figures as JSON; with --count 0 those that need no built world."""
     from components.pretrain import evaluate as of
     from components.pretrain.training import write_text
 
     if threads:
         torch.set_num_threads(threads)
+    for file in (samples, unseen):
+        _writable_picture(file)
+    if unseen and not count:
+        raise InputError("--unseen needs the world: give --count 1 or more.")
     apart = _world(work, device, drawn="unseen") if count else None
     networks, painter = _pair(pair, work, device)
     figures: dict[str, float] = dict(of.parameters(networks))
@@ -114,9 +136,7 @@ def evaluate(
         for kind, held_out in (("seen", False), ("held_out", True)):
             named = of.naming(painter, networks.clip, _world(work, device, held_out), 4 * count)
             figures |= {f"names_{kind}_{key}": value for key, value in named.items()}
-    if unseen:
-        if apart is None:
-            raise InputError("--unseen needs the world: give --count 1 or more.")
+    if unseen and apart:
         captions, grids = of.unseen(painter, apart)
         for which, picture in grids.items():
             picture.save(unseen.with_stem(unseen.stem + which), **_WEBP)
@@ -167,6 +187,16 @@ def export_the_judge(
     export_judge(work / "state", work / "downloads", out)
     write_truth(World(work / "world", "cpu", held_out=True), truth)
     typer.echo(f"{out} {truth}")
+
+
+def _writable_picture(path: Path | None) -> None:
+    """Refuse a picture that can't be written, before anything is measured (InputError)."""
+    if path is None:
+        return
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"{path}: name a kind of picture, such as .webp or .png.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}.")
 
 
 def _state(work: Path, dry: bool) -> Path:

@@ -175,13 +175,19 @@ def storage_for(prefix: str, spec: RunSpec, given: str | None) -> str:
     """Say where a batch is kept: as given, else as the spec says, else in the prefix's bucket.
 
     A folder comes back absolute, for the driver runs elsewhere.
+
+    Raises:
+        InputError: for an S3 URI without a bucket, or another scheme.
     """
     place = given
     if place is None:
         place = spec.train.storage_path
         if store.is_s3(prefix) and place == TrainSpec().storage_path:
             place = f"s3://{s3.parse(prefix)[0]}/{S3_STORAGE}"
-    return place.rstrip("/") if store.is_s3(place) else str(store.local_path(place).resolve())
+    if store.is_s3(place):
+        s3.parse(place)  # refuses one without a bucket
+        return place.rstrip("/")
+    return str(store.local_path(place).resolve())
 
 
 def at_storage(spec: RunSpec, storage: str) -> RunSpec:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.bench_serve import numbers_of, serve, writer
+from pipeline.cli.bench_serve import numbers_of, ready_to_write, serve, writer
 from pipeline.cli.options import Debug, Json, Sets
 from pipeline.cli.output import Output
 
@@ -85,6 +85,7 @@ def train(
     )
 
     write = writer(out)
+    ready_to_write(profile)
     with output.noise_to(Path("runs/logs/bench.txt")):
         document = bench_train(settings, output, write)
 

@@ -105,14 +105,25 @@ def serve(
 
 
 def writer(out: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Return what writes a document to a file as it grows; nowhere without one."""
+    """Return what writes a document to a file as it grows; nowhere without one.
+
+    Raises:
+        OSError: now, and not after all was measured, when it can't be written.
+    """
+    ready_to_write(out)
 
     def write(document: dict[str, Any]) -> None:
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json_format.dumps(document, indent=2) + "\n")
 
     return write
+
+
+def ready_to_write(file: Path | None) -> None:
+    """Make the folder of a file that a command will write, and see that it can (OSError)."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
 
 
 def numbers_of(

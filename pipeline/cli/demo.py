@@ -48,6 +48,8 @@ def demo(
     from pipeline.demo import ENDPOINT_PROMPTS, demo_concepts, demo_settings, run_demo
     from pipeline.services import abort_training
 
+    if any(not prompt.strip() for prompt in prompts or []):
+        raise typer.BadParameter("--prompt is empty: say what to draw, such as 'a {} in the snow'")
     preset, own = base_settings(base)
     spec = resolve_spec(preset, None, [*own, *demo_settings(out), *(sets or [])])
     chosen = demo_concepts(concepts)

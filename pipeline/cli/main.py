@@ -58,7 +58,15 @@ EXTRA_OF = {
     "logs": "train",
     "pipeline": "pipeline,kubeflow",
 }
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+# The last two come of writing alone: a folder where a file is, and a file where a folder is.
+NOT_WRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+}
 
 app = typer.Typer(
     add_completion=False,

@@ -81,6 +81,8 @@ def submit(
     failed or did not pass the gate.
     """
     output: Output = context.obj
+    if plan and (wait or env):
+        raise typer.BadParameter("--plan only writes the batch: leave out --wait and --env")
     resolved = _resolve(base, spec, sets or [], tracking_uri)
     environment = _environment(env)
     from pipeline import submit as batches
@@ -161,10 +163,11 @@ def _environment(env: list[str] | None) -> dict[str, str]:
     found = {}
     for text in env or []:
         name, equals, value = text.partition("=")
-        if not equals and name not in os.environ:
+        if not name or (not equals and name not in os.environ):
             from model.errors import InputError
 
-            raise InputError(f"--env {name} is not set here: write {name}=value")
+            wrong = f"{name} is not set here: write {name}=value" if name else "needs NAME=value"
+            raise InputError(f"--env {wrong}")
         found[name] = value if equals else os.environ[name]
     return found
 

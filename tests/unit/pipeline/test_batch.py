@@ -88,6 +88,8 @@ def test_where_a_batch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     own = resolve_spec("pocket", None, ["train.storage_path=s3://own/place/"])
     assert storage_for("photos", plain, None) == str(tmp_path / "runs" / "train")
     assert storage_for("s3://bucket/photos", plain, None) == "s3://bucket/.echodistill"
+    with pytest.raises(InputError, match="names no bucket"):
+        storage_for("photos", plain, "s3://")
     assert storage_for("s3://bucket/photos", own, None) == "s3://own/place"
     assert storage_for("s3://bucket/photos", own, "shared") == str(tmp_path / "shared")
 

@@ -57,6 +57,8 @@ def test_methods_are_chosen_by_name() -> None:
     ]
     with pytest.raises(InputError, match="there is no method 'dreambooth'"):
         choose("dreambooth")
+    with pytest.raises(InputError, match="there is no method ''"):
+        choose("")
 
 
 def test_some_concepts_are_spread_over_all() -> None:

@@ -23,6 +23,8 @@ from tests.tiny import write_concepts
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 3, "runs/a"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/b"), 2, "runs/b cannot be"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/c"), 2, "permissions"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "runs/d"), 2, "runs/d cannot be"),
+        (FileExistsError(errno.EEXIST, "File exists", "runs/e"), 2, "runs/e cannot be"),
         (ZeroDivisionError("division by zero"), 4, "--debug"),
     ],
 )
@@ -81,6 +83,33 @@ def test_a_missing_package_names_the_extra_that_brings_it(
     told = capfd.readouterr().err
     assert f"{arguments[0]} needs {missing}" in told
     assert f"-e '.[{extra}]'" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["submit", "photos", "--plan", "--wait"], "leave out --wait and --env"),
+        (["submit", "photos", "--env", "=3"], "--env needs NAME=value"),
+        (["demo", "--prompt", " "], "--prompt is empty"),
+        (["compare", "--methods", ""], "there is no method ''"),
+        (["bench", "train", "--out", "."], "cannot be written"),
+        (["bench", "train", "--profile", "."], "cannot be written"),
+        (["bench", "serve", "--out", "a-file/x.json"], "a-file cannot be written"),
+        (["generate", "fox", "a fox", "--base", "nope"], "one that ships (pocket) or a folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_starts(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
+    assert run(arguments, Output()) == 2
+    assert words in " ".join(capfd.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
