@@ -91,6 +91,7 @@ def test_a_missing_package_names_the_extra_that_brings_it(
         (["submit", "photos", "--plan", "--wait"], "leave out --wait and --env"),
         (["submit", "photos", "--env", "=3"], "--env needs NAME=value"),
         (["demo", "--prompt", " "], "--prompt is empty"),
+        (["status", "x", "--storage", "s3://"], "names no bucket"),
         (["compare", "--methods", ""], "there is no method ''"),
         (["bench", "train", "--out", "."], "cannot be written"),
         (["bench", "train", "--profile", "."], "cannot be written"),
