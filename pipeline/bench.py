@@ -52,7 +52,8 @@ class BenchSettings:
         precision: of the engine, `float32` or `bf16`; None is the preset's.
         sets: settings of the run spec, `a.b=value`.
         resolution: side of a picture; None is the preset's.
-        profile: file for the profiler's tables of one iteration each, or None.
+        profile: file for the profiler's tables of one iteration each, in a folder that exists, or
+            None.
         seconds: after so many no other pack size is begun; None: no limit.
     """
 
@@ -80,7 +81,6 @@ def bench_train(settings: BenchSettings, progress: Progress, write: Write) -> di
     spec = bench_spec(settings.base, settings.resolution, settings.precision, settings.sets)
     document = _header(settings, spec, device)
     if settings.profile is not None:
-        settings.profile.parent.mkdir(parents=True, exist_ok=True)
         settings.profile.write_text("")
     with tempfile.TemporaryDirectory(prefix="echodistill-bench-") as work, alone(device):
         bench = _Bench(settings, spec, device, Path(work), document, progress, write)

@@ -53,8 +53,7 @@ def check(prefix: str, spec: RunSpec, progress: Progress) -> Checked:
         InputError: when the prefix holds no concepts.
         ServiceError: when S3 is out of reach.
     """
-    if not store.is_s3(prefix):  # it is written down, and read elsewhere
-        prefix = str(store.local_path(prefix).resolve())
+    prefix = store.absolute(prefix)  # it is written down, and read elsewhere
     progress(Event("check", prefix))
     checked = Checked(prefix, spec, tuple(check_prefix(prefix)))
     good = len(checked.concepts) - len(checked.invalid)

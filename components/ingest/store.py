@@ -62,6 +62,18 @@ def local_path(uri: str) -> Path:
     return Path(unquote(parts.path))
 
 
+def absolute(uri: str) -> str:
+    """Return a URI that means the same elsewhere: a folder's absolute path, an S3 URI as it is.
+
+    Raises:
+        InputError: for an S3 URI without a bucket, or another scheme.
+    """
+    if is_s3(uri):
+        s3.parse(uri)
+        return uri
+    return str(local_path(uri).resolve())
+
+
 def join(uri: str, name: str) -> str:
     """Return the URI of ``name`` below the folder ``uri``."""
     return f"{uri.rstrip('/')}/{name}"

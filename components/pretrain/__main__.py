@@ -62,19 +62,14 @@ def train(
     ] = None,
 ) -> None:
     """Train the stages that are left; killed or out of time, the same command goes on."""
-    from components.pretrain.recipe import DRY, JUDGE, STAGES, Kitchen, Recipe, adjusted
+    from components.pretrain.recipe import DRY, Kitchen, Recipe, adjusted, chosen
     from components.pretrain.training import Clock, OutOfTime
 
     _built_world(work)
     state = _state(work, dry)
     recipe = adjusted(DRY if dry else Recipe(), sets or ())
     kitchen = Kitchen(recipe, work / "world", state, Clock(seconds), device)
-    every = (*STAGES, JUDGE)
-    wanted = [name.strip() for name in stages.split(",") if name.strip()] or every
-    for stage in wanted:
-        if stage not in every:
-            raise InputError(f"No stage is called {stage!r}: give one of {', '.join(every)}.")
-    for stage in wanted:
+    for stage in chosen(stages):
         try:
             kitchen.cook(stage)
         except OutOfTime as stop:

@@ -98,6 +98,20 @@ def adjusted(recipe: Recipe, sets: Iterable[str]) -> Recipe:
     return recipe
 
 
+def chosen(stages: str) -> Sequence[str]:
+    """Give the stages of a comma-separated list, by default all.
+
+    Raises:
+        InputError: for a name that no stage has.
+    """
+    known = (*STAGES, JUDGE)
+    names = [name.strip() for name in stages.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"No stage is called {name!r}: give one of {', '.join(known)}.")
+    return names or known
+
+
 class Kitchen:
     """One call of the trainer: the world, the device, the recipe and the state folder."""
 
@@ -116,10 +130,10 @@ class Kitchen:
             torch.set_float32_matmul_precision("high")
 
     def cook(self, name: str) -> None:
-        """Run one stage to its end, unless it is finished.
+        """Run one stage of `chosen` to its end, unless it is finished.
 
         Raises:
-            InputError: for a name that no stage has, or a stage whose forerunners are missing.
+            InputError: when its forerunners are missing.
             OutOfTime: when the clock has run down; the state is saved.
         """
         stages: dict[str, Callable[[], nn.Module]] = {
@@ -130,8 +144,6 @@ class Kitchen:
             "student": self._student,
             JUDGE: self._subject,
         }
-        if name not in stages:
-            raise InputError(f"No stage is called {name!r}: give one of {', '.join(stages)}.")
         path = finished(self.state, name)
         if not path.exists():
             write_tensors(path, stages[name]().state_dict())

@@ -184,10 +184,8 @@ def storage_for(prefix: str, spec: RunSpec, given: str | None) -> str:
         place = spec.train.storage_path
         if store.is_s3(prefix) and place == TrainSpec().storage_path:
             place = f"s3://{s3.parse(prefix)[0]}/{S3_STORAGE}"
-    if store.is_s3(place):
-        s3.parse(place)  # refuses one without a bucket
-        return place.rstrip("/")
-    return str(store.local_path(place).resolve())
+    place = store.absolute(place)
+    return place.rstrip("/") if store.is_s3(place) else place
 
 
 def at_storage(spec: RunSpec, storage: str) -> RunSpec:

@@ -90,7 +90,7 @@ def train_pack(
     """
     _check(spec, concepts)
     name = run_name or pack_name(spec, concepts)
-    storage = _absolute(storage_path or spec.train.storage_path)
+    storage = store.absolute(storage_path or spec.train.storage_path)
     check_storage(storage)
     mend_record(storage, name)
     board = make_board()
@@ -100,7 +100,7 @@ def train_pack(
         bases=bases or BasePaths.from_spec(spec),
         run_name=name,
         tracking=tracking,
-        states=tuple(_absolute(uri) for uri in states),
+        states=tuple(store.absolute(uri) for uri in states),
         board=board,
         base=base_hash(spec),
     )
@@ -268,10 +268,6 @@ def _end(board: Any) -> None:
 
     if ray.is_initialized():
         ray.kill(board)
-
-
-def _absolute(uri: str) -> str:
-    return uri if store.is_s3(uri) else str(store.local_path(uri).resolve())
 
 
 def _results(checkpoint: Any, concepts: Sequence[Concept], out: Path) -> list[TrainedConcept]:

@@ -58,7 +58,8 @@ EXTRA_OF = {
     "logs": "train",
     "pipeline": "pipeline,kubeflow",
 }
-# The last two come of writing alone: a folder where a file is, and a file where a folder is.
+# The last two: a folder is to be where a file is, a file where a folder is. (To read a folder as a
+# file is refused where it is read.)
 NOT_WRITABLE = {
     errno.EACCES,
     errno.EPERM,

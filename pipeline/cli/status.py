@@ -155,18 +155,13 @@ def _write_report(output: Output, found: BatchStatus, path: Path, tracking_uri: 
 
 
 def _uri(given: str | None, storage: str | None) -> str:
-    from components.ingest import s3, store
+    from components.ingest import store
     from components.spec import TrainSpec
     from components.train.batch import find_batch
 
     if given is None and storage is None and LAST.is_file():
         return LAST.read_text(encoding="utf-8").strip()
-    place = storage or TrainSpec().storage_path
-    if store.is_s3(place):
-        s3.parse(place)  # refuses one without a bucket
-    else:
-        place = str(store.local_path(place).resolve())
-    return find_batch(given, place)
+    return find_batch(given, store.absolute(storage or TrainSpec().storage_path))
 
 
 def _summary(found: BatchStatus) -> str:
