@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from model.cross_attention import base_weight, expose_keys_values
 from model.errors import InputError
 from model.kv_layout import KVLayout
-from model.schedule import NoiseSchedule
+from model.schedule import NOISE_SCALE, NoiseSchedule
 
 _PROBES = (
     "A photo of a dog, 25% off!",
@@ -329,6 +329,8 @@ def _hash(
             digest.update(tensor.detach().half().cpu().contiguous().numpy().data)
     # The settings, not the numbers made from them: those may differ in the last bit elsewhere.
     schedule = {key: scheduler.get(key) for key in _SCHEDULE_KEYS}
+    if NOISE_SCALE in scheduler:
+        schedule[NOISE_SCALE] = scheduler[NOISE_SCALE]
     scaling = [vae.config.get(key) for key in ("scaling_factor", "shift_factor")]  # type: ignore[operator, union-attr]
     digest.update(json.dumps([schedule, scaling], sort_keys=True).encode())
     digest.update(_tokenizer_facts(tokenizer).encode())

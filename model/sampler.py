@@ -30,7 +30,7 @@ def sample_student(
     Args:
         pair: the base pair.
         kv: keys and values [R, L, C_S].
-        noise: standard normal [R, c, h, w].
+        noise: standard normal [R, c, h, w]; a row of one step takes it by the base's `noise_scale`.
         steps: network evaluations, one number for all or one a row.
 
     Returns:
@@ -46,7 +46,11 @@ def sample_student(
 
     counts = [steps] * len(noise) if isinstance(steps, int) else steps
     plans = [schedule.timesteps(count, "trailing") for count in counts]
-    z = _ddim(predict, schedule, noise.to(pair.device), plans, final_abar=1.0)
+    starts = [
+        schedule.one_step_start(each) if count == 1 else each * schedule.initial_scale
+        for each, count in zip(noise, counts, strict=True)
+    ]
+    z = _ddim(predict, schedule, torch.stack(starts).to(pair.device), plans, final_abar=1.0)
     return pair.decode(z).clamp(-1, 1)
 
 
@@ -82,7 +86,8 @@ def sample_teacher(
         return uncond + guidance * (cond - uncond)
 
     plans = [schedule.timesteps(steps)] * len(noise)
-    z = _ddim(predict, schedule, noise.to(pair.device), plans, schedule.final_abar)
+    start = (noise * schedule.initial_scale).to(pair.device)
+    z = _ddim(predict, schedule, start, plans, schedule.final_abar)
     return pair.decode(z).clamp(-1, 1)
 
 
@@ -206,15 +211,14 @@ def _token_rows(pair: BasePair, adapters: Sequence[Adapter | None]) -> torch.Ten
 def _ddim(
     predict: Callable[[torch.Tensor, torch.Tensor, _Rows], torch.Tensor],
     schedule: NoiseSchedule,
-    noise: torch.Tensor,
+    z: torch.Tensor,
     plans: Sequence[Sequence[int]],
     final_abar: float,
 ) -> torch.Tensor:
-    """Deterministic DDIM from `noise` [R, c, h, w] to latents; equal to Euler's steps.
+    """Deterministic DDIM from states `z` [R, c, h, w] to latents; equal to Euler's steps.
 
     Each row follows its own plan of time steps; `predict` sees the rows that have steps left.
     """
-    z = noise * schedule.initial_scale
     # All copies to the device come first: one between two networks would let the device run dry.
     for step in [_step(k, plans, final_abar, schedule, z) for k in range(max(map(len, plans)))]:
         z_t = z[step.rows]

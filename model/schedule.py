@@ -14,6 +14,7 @@ from model.errors import InputError
 
 TRAIN_STEPS = 1000
 LAST_STEP = TRAIN_STEPS - 1
+NOISE_SCALE = "_noise_scale"
 Prediction = Literal["epsilon", "v_prediction"]
 
 
@@ -25,6 +26,9 @@ class NoiseSchedule:
         abar: [1000] float32, computed in float64; the cumulative product of alphas.
         prediction: what the network predicts, `epsilon` or `v_prediction`.
         initial_scale: standard deviation of the state that sampling starts from.
+        noise_scale: what the noise of a picture in one step is multiplied by first. Under 1,
+            pictures are more typical, and less different from each other (the "temperature" of
+            Kingma & Dhariwal 2018, section 6).
         spacing: how sampling steps are spread: `leading`, `trailing` or `linspace`.
         steps_offset: added to leading time steps.
         final_abar: `abar` after the last sampling step: 1, or `abar_0` for schedulers with
@@ -34,6 +38,7 @@ class NoiseSchedule:
     abar: torch.Tensor
     prediction: Prediction
     initial_scale: float
+    noise_scale: float
     spacing: str
     steps_offset: int
     final_abar: float
@@ -45,8 +50,12 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """Read a diffusers `scheduler_config.json`.
 
+        `_noise_scale` in it is ours: diffusers passes over names that begin so, and its noise has
+        to be multiplied by who calls it.
+
         Raises:
-            InputError: for a schedule or prediction type that the method does not know.
+            InputError: for a schedule or prediction type that the method does not know, or a scale
+                of the noise that is none.
         """
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
@@ -68,6 +77,12 @@ class NoiseSchedule:
                 f"scheduler_config.json: timestep_spacing {spacing!r} is not known; "
                 "use 'leading', 'trailing' or 'linspace'."
             )
+        noise_scale = config.get(NOISE_SCALE, 1.0)
+        if not isinstance(noise_scale, (int, float)) or not 0 < noise_scale <= 2:
+            raise InputError(
+                f"scheduler_config.json: {NOISE_SCALE} {noise_scale!r} is none; "
+                "give a number over 0, at most 2."
+            )
         abar = _abar(config, keep_last_positive=euler or prediction == "epsilon")
         # Euler starts at sigma_max * eps, so a state has no z_0 part at all; in our coordinates
         # that is sqrt(1 - abar_999) * eps. With leading spacing diffusers adds the 1 back.
@@ -77,10 +92,15 @@ class NoiseSchedule:
             abar=abar.to(torch.float32),
             prediction=prediction,
             initial_scale=float((1 - abar[-1]).sqrt()) if scaled else 1.0,
+            noise_scale=float(noise_scale),
             spacing=spacing,
             steps_offset=int(config.get("steps_offset", 0)),
             final_abar=1.0 if to_one else float(abar[0]),
         )
+
+    def one_step_start(self, noise: torch.Tensor) -> torch.Tensor:
+        """Give the state that a picture in one step starts from, of standard normal noise."""
+        return noise * (self.noise_scale * self.initial_scale)
 
     def at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Give `abar_t` [R] shaped to multiply `like` [R, ...], float32, on its device."""

@@ -30,17 +30,21 @@ class MethodSettings:
             leaves the student as it is.
         shared_text: the student reads the token rows that the teacher learns; without, it has rows
             of its own that learn from its own loss.
-        follow: every step that the teacher's keys and values take is taken by the student's too,
-            whose own loss then corrects it: they need the same layers. A student that was distilled
-            from its teacher draws much of what the teacher has learned by that alone. Ours, off by
-            default; without effect where the student does not learn.
+        follow: so much of every step that the teacher's keys and values take is taken by the
+            student's too, whose own loss then corrects it: they need the same layers. A student
+            that was distilled from its teacher draws much of what the teacher has learned by that
+            alone. Ours, 0 by default; without effect where the student does not learn.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
 
     order: Literal["together", "sequential", "teacher"] = "together"
     shared_text: bool = True
-    follow: bool = False
+    follow: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing (ValueError)."""
+        _check(self, 0, 2, "follow")
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class ViewSettings:
             empty canvas; otherwise it is scaled to `crop_min`..`crop_max` and cropped.
         far_below: a scale under this adds "far away" words to the prompt.
         scale_words: whether the prompt says how large the subject is.
+        caption_probability: probability that a view of an image that has a caption takes it for its
+            prompt; a template otherwise. Ours: a caption says what is not the subject, a template
+            has the subject learned faster. Without effect on images without caption.
         bank: so many views a concept, drawn once and encoded once, among which every item chooses;
             None draws every item's view anew. Faster, and ours: METHOD.md's views are endless.
     """
@@ -121,13 +128,14 @@ class ViewSettings:
     crop_max: float = 1.4
     far_below: float = 0.6
     scale_words: bool = True
+    caption_probability: float = 1.0
     bank: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing (ValueError)."""
         if self.bank is not None:
             _check(self, 1, 65536, "bank")
-        _check(self, 0, 1, "flip", "paste_probability", "far_below")
+        _check(self, 0, 1, "flip", "paste_probability", "far_below", "caption_probability")
         _check(self, 0.1, 1, "paste_min")
         _check(self, 1, 4, "crop_min", "crop_max")
         if self.crop_min > self.crop_max:

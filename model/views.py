@@ -158,11 +158,13 @@ def draw_view(
         settings: probabilities and ranges.
         gen: the item's generator; all draws come from it.
         factor: pixels per latent pixel.
-        caption: this image's own caption, in place of a template.
+        caption: this image's own caption, in place of a template where it is drawn.
     """
     picture = square(image, math.ceil(size * settings.crop_max)).float() / 127.5 - 1
     template = TEMPLATES[integer(0, len(TEMPLATES) - 1, gen)]
-    prompt = template.format(text.phrase) if caption is None else caption
+    prompt = template.format(text.phrase)
+    if caption is not None and uniform(gen) < settings.caption_probability:
+        prompt = caption
     if uniform(gen) < settings.flip:
         picture = picture.flip(-1)
     pasted = uniform(gen) < settings.paste_probability

@@ -109,7 +109,9 @@ def saved_base(base: str, dtype: torch.dtype, device: torch.device, folder: Path
 
 def plain_pictures(pipeline: Any, pair: BasePair, prompts: Sequence[str], seed: int) -> list[Any]:
     """Draw one-step pictures with plain diffusers from the noise that our engine starts from."""
-    noise = picture_noise(pair, range(seed, seed + len(prompts)))
+    noise = pair.student_schedule.noise_scale * picture_noise(
+        pair, range(seed, seed + len(prompts))
+    )
     drawn: Any = pipeline(
         list(prompts),
         num_inference_steps=1,

@@ -16,6 +16,7 @@ from model.errors import InputError
 from pipeline.export_card import Exported, readme
 from pipeline.generate import base_of, load_version
 from pipeline.progress import Event, Progress
+from pipeline.tracking import registry_to_read
 from pipeline.versions import find_version
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def export(
         rank: a number; `auto` or None is the rank that the adapter is stored in, or for a whole one
             the lowest that keeps the default bound, or else all of it.
         out: a folder; one that holds the same concept in the same format is replaced.
-        tracking_uri: of the registry; needed for a concept.
+        tracking_uri: of the registry; None is the environment's, or the embedded one.
         base: `teacher` and `student` directories, by default what the adapter names.
         progress: listens.
 
@@ -92,9 +93,10 @@ def _adapter(
 
     if folder is not None:
         return load_adapter(folder), None
-    assert concept is not None and tracking_uri is not None
-    version = find_version(concept, tracking_uri)
-    return load_version(version, tracking_uri), version.version
+    assert concept is not None
+    registry = registry_to_read(tracking_uri)
+    version = find_version(concept, registry)
+    return load_version(version, registry), version.version
 
 
 def _rank(rank: str | None, format: str) -> int | None:
@@ -202,6 +204,7 @@ def _write(
         prompt=prompt,
         base=meta["base"]["student"] or meta["base"]["name"],
         latent_shape=pair.latent_shape,
+        noise_scale=pair.student_schedule.noise_scale,
         sizes={path: (work / path).stat().st_size for path in tensors},
     )
     (work / CARD_FILE).write_text(readme(found))

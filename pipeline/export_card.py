@@ -32,6 +32,7 @@ class Exported:
         prompt: of the example picture.
         base: the student that it was made for.
         latent_shape: (c, h, w).
+        noise_scale: what the base's student wants its noise multiplied by.
         sizes: bytes by path.
     """
 
@@ -49,6 +50,7 @@ class Exported:
     prompt: str
     base: str
     latent_shape: tuple[int, int, int]
+    noise_scale: float
     sizes: dict[str, int]
 
     def document(self) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def python_lines(export: Exported) -> str:
         *third,
     ]
     shape = ", ".join(map(str, (1, *export.latent_shape)))
+    scaled = "" if export.noise_scale == 1 else f"{export.noise_scale} * "
     lines = [
         *imports,
         "",
@@ -143,7 +146,7 @@ def python_lines(export: Exported) -> str:
         "generator = torch.Generator().manual_seed(number)",
         "picture = pipe(",
         f"    {export.prompt!r},",
-        f"    latents=torch.randn({shape}, generator=generator),",
+        f"    latents={scaled}torch.randn({shape}, generator=generator),",
         "    num_inference_steps=1,",
         "    guidance_scale=0.0,",
         ").images[0]",

@@ -15,6 +15,7 @@ from components.ingest.cache import cache_root, disk_error, replacing, replacing
 from components.register.registry import RegisteredVersion, fetch_adapter
 from model.errors import EchoDistillError, InputError
 from pipeline.progress import Event, Progress
+from pipeline.tracking import registry_to_read
 from pipeline.versions import find_version
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def generate(
     steps: int,
     n: int,
     out: Path,
-    tracking_uri: str,
+    tracking_uri: str | None,
     base: dict[str, str] | None = None,
     progress: Progress,
 ) -> Generated:
@@ -61,7 +62,7 @@ def generate(
         steps: network evaluations, 1, 2 or 4.
         n: how many.
         out: a folder; made when it is missing.
-        tracking_uri: of the registry.
+        tracking_uri: of the registry; None is the environment's, or the embedded one.
         base: `teacher` and `student` directories to draw with, by default what the adapter names.
         progress: listens.
 
@@ -74,7 +75,8 @@ def generate(
         raise InputError(f"--steps {steps} is not offered: the student draws in 1, 2 or 4")
     if not 1 <= n <= LARGEST_N:
         raise InputError(f"--n {n} is out of range: ask for 1 to {LARGEST_N} pictures")
-    version = find_version(concept, tracking_uri)
+    registry = registry_to_read(tracking_uri)
+    version = find_version(concept, registry)
     # What can be refused without the networks' libraries is refused before they are loaded.
     from model.adapter import prompt_for
     from model.base_pair import load_base_pair
@@ -82,7 +84,7 @@ def generate(
     from model.text import check_length
 
     progress(Event("load", version.concept_id, f"version {version.version}"))
-    adapter = load_version(version, tracking_uri)
+    adapter = load_version(version, registry)
     words = prompt_for(adapter.meta, prompt)
     teacher, student = base_of(adapter, base)
     pair = load_base_pair(

@@ -105,7 +105,7 @@ def run_spec(run: str, spec: RunSpec) -> RunSpec:
         "no_adversarial": ["loss.adv_weight=0"],
         "separate_text": ["method.shared_text=false"],
         # A student that does not follow has the whole way to go, at the teacher's rate.
-        "no_follow": ["method.follow=false", f"train.student_lr={spec.train.teacher_lr}"],
+        "no_follow": ["method.follow=0", f"train.student_lr={spec.train.teacher_lr}"],
         "no_echo": without_echo,  # as many iterations, on the references alone
         "no_echo_stage": ["echo.rounds=0"],  # the only one that trains for less time
         FULL: [],

@@ -28,7 +28,13 @@ from model.errors import InputError
 from model.pocket.storage import pack, unpack
 
 # Where the reference pictures of a sample concept are taken; new scenes are for prompts.
-REFERENCE_SCENES = ("grass", "wood", "plain_white", "room", "plain_blue")
+REFERENCE_SCENES = {  # and what their captions say of them
+    "grass": "in a grassy field",
+    "wood": "on a wooden floor",
+    "plain_white": "on a white background",
+    "room": "in a room",
+    "plain_blue": "on a blue background",
+}
 _MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
@@ -141,8 +147,13 @@ def write_concepts(world: World, out: Path) -> None:
             scenes.size = scenes.size.clamp(min=0.62)
             picture: Image.Image = grid(world.render(scenes)[0], 1)
             picture.save(folder / f"{k:02d}.png", optimize=True)
+        captions = [
+            f"  {k:02d}.png: a photo of a {noun} {words}"
+            for k, words in enumerate(REFERENCE_SCENES.values())
+        ]
         write_text(
             folder / "concept.yaml",
             f"class_noun: {noun}\ntoken: <new1>\n"
-            f"initializer: {noun.split()[-1]}\nlive: {str(live).lower()}\n",
+            f"initializer: {noun.split()[-1]}\nlive: {str(live).lower()}\n"
+            + "\n".join(["captions:", *captions, ""]),
         )

@@ -24,6 +24,7 @@ NOISE = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
 }
+NOISE_SCALE = 0.75  # of a picture in one step (model/schedule.py)
 STUDENT_STEPS = (999, 749, 499, 249)  # the timesteps of 4, 2 and 1 trailing steps
 
 
@@ -119,7 +120,9 @@ def teacher_scheduler() -> DDIMScheduler:
 
 def student_scheduler() -> EulerDiscreteScheduler:
     """Euler on the same schedule: its first step starts from noise of the last timestep."""
-    return EulerDiscreteScheduler(**NOISE)
+    scheduler = EulerDiscreteScheduler(**NOISE)
+    scheduler.register_to_config(_noise_scale=NOISE_SCALE)
+    return scheduler
 
 
 def alphas_cumprod(device: str | torch.device) -> torch.Tensor:

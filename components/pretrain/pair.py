@@ -124,7 +124,8 @@ class Painter:
     def imagine(self, text: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Student's latents for text states and standard normal noise."""
         times = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
-        z = noise * (1 - self.noising.abar[times[0]]).sqrt()
+        scale = networks.NOISE_SCALE if steps == 1 else 1.0
+        z = scale * noise * (1 - self.noising.abar[times[0]]).sqrt()
         for k, now in enumerate(times):
             t = torch.full((len(z),), now, device=self.device)
             v = predict(self.student, z, t, text, torch.float32)

@@ -22,6 +22,7 @@ from components.pretrain.composition import CLOSE, NORMAL, RECOLOURS, SMALL, Lot
 from components.pretrain.painting import SCENE_PX
 from components.pretrain.rendering import Renderer
 from components.pretrain.subjects import NEVER_TOGETHER, PLURAL, TOO_FINE, WEARERS
+from model.errors import InputError
 
 NEVER_BY_HASH = 3  # scenes a name
 
@@ -36,6 +37,9 @@ class World:
         drawn: "all" shows every subject in every scene; "seen" is what teacher and student learn:
             no subject of `TOO_FINE`, and no subject in a scene that is kept from it; "unseen" shows
             them in these scenes only.
+
+    Raises:
+        InputError: when world.json is no JSON.
     """
 
     def __init__(
@@ -45,7 +49,12 @@ class World:
         held_out: bool = False,
         drawn: Literal["all", "seen", "unseen"] = "all",
     ) -> None:
-        facts = json.loads((folder / "world.json").read_text())
+        try:
+            facts = json.loads((folder / "world.json").read_text())
+        except ValueError as error:
+            raise InputError(
+                f"{folder / 'world.json'} is broken: build the world again."
+            ) from error
         self.device = torch.device(device)
         self.sprites = facts["sprites"]
         self.scene_names = list(dict.fromkeys(facts["scenes"]))

@@ -27,6 +27,7 @@ _LIMITS = {
 }
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 20.0  # seconds between two tries
+_SQLITE = b"SQLite format 3\0"  # what such a file begins with
 T = TypeVar("T")
 
 # What the HTTP library says inside a long report of its own, the more special first.
@@ -135,8 +136,10 @@ def _make_database(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            path.open("rb").close()  # who only reads need not write
-            return
+            with path.open("rb") as file:  # who only reads need not write
+                if file.read(len(_SQLITE)) == _SQLITE:
+                    return
+            raise InputError(f"{path} is no SQLite database: name another file")
         part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
         part.touch()
     except OSError as error:

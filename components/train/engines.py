@@ -115,7 +115,7 @@ def make_engines(
     if spec.method.follow and pair.teacher_layout != pair.student_layout:
         raise InputError(
             "method.follow needs a student whose cross-attention layers are its teacher's, which "
-            f"those of {pair.name} are not: set method.follow=false"
+            f"those of {pair.name} are not: set method.follow=0"
         )
     learned, distilled = steps_done(spec, states[0].iteration)
     rates = learning_rates(spec, states[0].iteration)

@@ -278,11 +278,12 @@ class Segment:
         loss = _mean([loss for loss, _ in learned])
         values[f"{LOSS}rec"] = loss.detach()
         method = self.run.spec.method
-        follows = method.follow and method.order != "teacher"
+        follows = method.follow > 0 and method.order != "teacher"
         before = whole_parameter(self.teacher, "kv") if follows else None
         values[f"{NORM}teacher"] = self._step(self.teacher, loss)
         if before is not None:
-            move_parameter(self.student, "kv", whole_parameter(self.teacher, "kv") - before)
+            moved = whole_parameter(self.teacher, "kv") - before
+            move_parameter(self.student, "kv", method.follow * moved)
         return [text_states for _, text_states in learned]
 
     @torch.no_grad()

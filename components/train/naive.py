@@ -107,7 +107,7 @@ class NaiveLoop:
         before = [each.detach().clone() for each in followed]
         self.of_teacher.step(rates["teacher"])
         for mine, theirs, old in zip(_trained(self.student), followed, before, strict=False):
-            mine.data += theirs.detach() - old
+            mine.data += self.spec.method.follow * (theirs.detach() - old)
         drawn = self.student_draw(text_states, batch)
         target = self.alignment_target(text_states, drawn, batch)
         parts = self.student_loss(drawn, target, batch)
@@ -153,7 +153,7 @@ class NaiveLoop:
         """Item 2: `z_S` in one step from pure noise, and `x_S`; with gradient."""
         pair, schedule = self.frozen.pair, self.frozen.pair.student_schedule
         t = torch.full_like(batch.t, LAST_STEP)
-        start = batch.noise * schedule.initial_scale
+        start = schedule.one_step_start(batch.noise)
         z_s = schedule.x0(self._denoise(self.student, start, t, text_states), start, t)
         return Pictures(z_s, pair.decode(z_s))
 

@@ -48,7 +48,6 @@ def export(
     output: Output = context.obj
     from pipeline.base import own_base
     from pipeline.export import export as write_export
-    from pipeline.tracking import registry_to_read
 
     if (concept is None) == (adapter is None):
         raise InputError("give a CONCEPT of the registry or a folder with --adapter, one of both")
@@ -62,7 +61,7 @@ def export(
             format=format,
             rank=rank,
             out=out,
-            tracking_uri=registry_to_read(tracking_uri) if concept is not None else None,
+            tracking_uri=tracking_uri,
             base=own,
             progress=job.progress,
         )

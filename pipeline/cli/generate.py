@@ -45,7 +45,6 @@ def generate(
     output: Output = context.obj
     from pipeline.base import own_base
     from pipeline.generate import generate as draw_pictures
-    from pipeline.tracking import registry_to_read
 
     job = Interruptible(output)
     own = own_base(base) if base not in (None, "pocket") else None
@@ -58,7 +57,7 @@ def generate(
             steps=steps,
             n=n,
             out=out,
-            tracking_uri=registry_to_read(tracking_uri),
+            tracking_uri=tracking_uri,
             base=own,
             progress=job.progress,
         )

@@ -26,6 +26,14 @@ def test_a_database_that_cannot_be_made_or_opened_is_refused(tmp_path: Path) -> 
             connect(f"sqlite:///{place}")
 
 
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "notes.txt"
+    place.write_text("not a database")
+    with pytest.raises(InputError, match=f"{place} is no SQLite database: name another file"):
+        connect(f"sqlite:///{place}")
+    assert place.read_text() == "not a database"
+
+
 def test_a_database_that_may_only_be_read_is_refused_when_it_is_written(tmp_path: Path) -> None:
     place = tmp_path / "mlflow.db"
     sqlite3.connect(place).close()

@@ -82,7 +82,10 @@ def test_hash_covers_what_the_students_picture_depends_on(
     assert changed != pair.hash
     config = copied.student / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
-    assert load(copied).hash not in (changed, pair.hash)
+    other = load(copied).hash
+    assert other not in (changed, pair.hash)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.75}))
+    assert load(copied).hash not in (changed, pair.hash, other)
 
 
 def test_shared_parts_may_differ_in_precision(copied: TinyPaths, pair: BasePair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_student_equals_diffusers_euler(
     mine = sample_student(pair, kv, noise, steps)
     assert (mine - expected).abs().max() < 2e-3
     assert mine.std() > 0.1
+
+
+def test_only_rows_of_one_step_take_their_noise_by_the_bases_scale(pair: BasePair) -> None:
+    scaled = replace(pair, student_schedule=replace(pair.student_schedule, noise_scale=0.5))
+    noise = picture_noise(pair, [1, 2])
+    kv = student_keys_values(pair, [None, None], PROMPTS)
+    one, four = sample_student(pair, kv, 0.5 * noise, 1)[0], sample_student(pair, kv, noise, 4)[1]
+    mixed = sample_student(scaled, kv, noise, [1, 4])
+    assert torch.allclose(mixed[0], one, atol=1e-5) and torch.allclose(mixed[1], four, atol=1e-5)
+    assert not torch.allclose(mixed[0], sample_student(pair, kv, noise, 1)[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("which", ["tiny", "tiny_swapped"])

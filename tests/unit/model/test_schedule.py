@@ -89,6 +89,23 @@ def test_initial_scale_is_diffusers_after_scaling(spacing: str) -> None:
     assert NoiseSchedule.from_config(DDIM).initial_scale == 1.0
 
 
+def test_the_noise_of_one_step_is_scaled_as_the_config_says() -> None:
+    plain = NoiseSchedule.from_config(EULER)
+    scaled = NoiseSchedule.from_config({**EULER, "_noise_scale": 0.75})
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert plain.noise_scale == 1.0 and scaled.initial_scale == plain.initial_scale
+    assert torch.allclose(scaled.one_step_start(noise), 0.75 * plain.one_step_start(noise))
+    # What diffusers does not know it keeps, and leaves alone.
+    theirs = EulerDiscreteScheduler.from_config({**EULER, "_noise_scale": 0.75})
+    assert theirs.init_noise_sigma == EulerDiscreteScheduler.from_config(EULER).init_noise_sigma
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "0.75", None, float("nan")])
+def test_a_scale_of_the_noise_that_is_none_is_refused(wrong: object) -> None:
+    with pytest.raises(InputError, match=f"_noise_scale {wrong!r} is none"):
+        NoiseSchedule.from_config({**EULER, "_noise_scale": wrong})
+
+
 def test_final_abar_follows_set_alpha_to_one() -> None:
     assert NoiseSchedule.from_config(DDIM).final_abar == 1.0
     kept = NoiseSchedule.from_config({**DDIM, "set_alpha_to_one": False})

@@ -194,6 +194,20 @@ def test_captions_take_the_place_of_templates() -> None:
     assert view.prompt == "a <new1> Dog on a sofa"
 
 
+def test_a_caption_is_the_prompt_of_its_share_of_views() -> None:
+    text = ConceptText("dog", "<new1>", ("a <new1> dog on a sofa",))
+    shares = {}
+    for probability in (0.0, 0.25, 1.0):
+        settings = ViewSettings(scale_words=False, caption_probability=probability)
+        gens = (generator(0, "c", i, "view") for i in range(400))
+        views = [
+            draw_view(picture(), text, SIZE, settings, g, caption=text.caption(0)) for g in gens
+        ]
+        shares[probability] = sum(view.prompt.endswith("on a sofa") for view in views) / 400
+    assert shares[0.0] == 0 and shares[1.0] == 1
+    assert 0.19 < shares[0.25] < 0.31  # 0.25 and three deviations
+
+
 def test_naming_a_concept() -> None:
     assert name_concept("a dog", ["<a>", "<b>"], "dog") == "a <a> <b> dog"
     assert name_concept("a <a>", ["<a>"], "dog") == "a <a>"

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTextModel, ViTModel
 
+from components.pretrain import networks
 from components.pretrain.pair import Painter, shipped_pair
 from components.pretrain.recipe import STAGES
 from components.pretrain.subjects import HELD_OUT, SAMPLE_CONCEPTS
@@ -187,8 +188,10 @@ def test_one_step_is_diffusers_one_step(paths: PocketPaths, pair: BasePair) -> N
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
     pipe.set_progress_bar_config(disable=True)
     noise = picture_noise(pair, [3, 4])
+    scale = pair.student_schedule.noise_scale
+    assert scale == networks.NOISE_SCALE
     drawn = pipe(
-        PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=0.0, output_type="pt"
+        PROMPTS, latents=scale * noise, num_inference_steps=1, guidance_scale=0.0, output_type="pt"
     )
     kv = student_keys_values(pair, [None, None], PROMPTS)
     ours = sample_student(pair, kv, noise, 1)

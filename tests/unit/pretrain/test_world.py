@@ -17,6 +17,7 @@ from components.pretrain.build import write_tokenizer
 from components.pretrain.composition import CLOSE, NORMAL, RECOLOURS, SMALL, Scenes
 from components.pretrain.subjects import SUBJECTS, TOO_FINE
 from components.pretrain.world import World, never_together
+from model.errors import InputError
 
 PLACED = dict(turn=0.0, flip=False, shadow=0.0, other=-1, worn=-1, back_light=1.0)
 
@@ -174,6 +175,12 @@ def test_the_scene_asked_for_is_behind_and_in_the_caption(world: World) -> None:
     named = sum(any(p in text for p in scenes.phrases("beach")) for text in texts)
     assert named >= 40  # some captions leave the scene out
     assert (drawn.other < 0).all() and (drawn.worn < 0).all() and (drawn.zoom == NORMAL).all()
+
+
+def test_a_broken_world_is_told(tmp_path: Path) -> None:
+    (tmp_path / "world.json").write_text('{"sprites": [')
+    with pytest.raises(InputError, match="world.json is broken: build the world again"):
+        World(tmp_path, "cpu")
 
 
 def test_one_seed_is_one_world(world: World) -> None:
