@@ -32,6 +32,7 @@ def tiny_spec(paths: Any, *sets: str) -> RunSpec:
         f"base.identity={paths.clip}",
         f"base.backbones=[{paths.clip},{paths.dino}]",
         "resolution=32",
+        "method.follow=1",
         "train.iterations=4",
         "train.cooldown=0.25",
         "train.sample_every=3",

@@ -45,7 +45,7 @@ METHODS = {
     "teacher alone": ("method.order=teacher",),
     "sequential": ("method.order=sequential", "train.iterations=3", "echo.rounds=0"),
     "own text": ("method.shared_text=false",),
-    "led": ("train.student_lr=0", "method.follow=1"),
+    "led": ("train.student_lr=0",),
     "led in part": ("train.student_lr=0", "method.follow=0.7"),
     "alone in its way": ("method.follow=0",),
 }
