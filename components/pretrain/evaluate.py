@@ -83,10 +83,11 @@ def unseen(
 def measure(
     painter: Painter, clip: Any, world: World, count: int = 96, seed: int = 99
 ) -> dict[str, float]:
-    """Text agreement on fresh compositions (with their true renders) and the VAE's PSNR.
+    """Text agreement on fresh compositions (with their true renders), variety, the VAE's PSNR.
 
     Agreement is in the style of CLIP-T: cosine of the pair's own CLIP, mean over compositions;
-    "shuffled" pairs each render with another composition's caption.
+    "shuffled" pairs each render with another composition's caption. Variety is how far two pictures
+    of one caption are apart: one less the cosine of their features.
 
     Args:
         painter: the pair.
@@ -108,15 +109,17 @@ def measure(
     text = F.normalize(clip.text_projection(read), dim=-1)
     back = painter.decode(painter.vae.encode(truth).latent_dist.mean)
     error = (back - truth).square().mean((1, 2, 3))
-    seen = {
-        "truth": see(truth),
-        "vae": see(back),
-        "teacher": see(painter.teach(captions, seed)),
-        "student": see(painter.draw(captions, seed)),
-        "student_4_steps": see(painter.draw(captions, seed, 4)),
+    drawers: dict[str, Callable[[int], Tensor]] = {
+        "teacher": lambda seed: painter.teach(captions, seed),
+        "student": lambda seed: painter.draw(captions, seed),
+        "student_4_steps": lambda seed: painter.draw(captions, seed, 4),
     }
+    drawn = {name: see(draw(seed)) for name, draw in drawers.items()}
+    seen = {"truth": see(truth), "vae": see(back), **drawn}
     out = {f"text_{k}": float((v * text).sum(1).mean()) for k, v in seen.items()}
     out["text_shuffled"] = float((seen["truth"] * text.roll(1, 0)).sum(1).mean())
+    for name, draw in drawers.items():
+        out[f"variety_{name}"] = float(1 - (drawn[name] * see(draw(seed + 1))).sum(1).mean())
     out["vae_psnr"] = float((10 * torch.log10(4 / error)).mean())
     return out
 
