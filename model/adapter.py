@@ -101,7 +101,7 @@ class Adapter:
             raise InputError(
                 f"Adapter of {self.meta['concept']['id']!r} was made for base "
                 f"{self.meta['base']['name']!r} ({made_for[:12]}), not for {pair.name!r} "
-                f"({pair.hash[:12]}); use its own base."
+                f"({pair.hash[:12]}); use its own base, or train the concept again on this one."
             )
 
 

@@ -161,6 +161,7 @@ def load_base_pair(
             f"use {student.config.sample_size * factor}."
         )
     side = resolution // factor
+    student_schedule = NoiseSchedule.from_config(student_config)
     digest = _hash(student, vae, text_encoder, tokenizer, student_config)
     for network in (teacher, student, vae, text_encoder):
         nn.Module.to(freeze(network), device, dtype)  # diffusers' own `to` only adds a warning
@@ -176,7 +177,7 @@ def load_base_pair(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         teacher_schedule=NoiseSchedule.from_config(_scheduler_config(teacher_dir)),
-        student_schedule=NoiseSchedule.from_config(student_config),
+        student_schedule=student_schedule,
         resolution=resolution,
         latent_shape=(vae.config.latent_channels, side, side),
         hash=digest,
@@ -329,8 +330,8 @@ def _hash(
             digest.update(tensor.detach().half().cpu().contiguous().numpy().data)
     # The settings, not the numbers made from them: those may differ in the last bit elsewhere.
     schedule = {key: scheduler.get(key) for key in _SCHEDULE_KEYS}
-    if NOISE_SCALE in scheduler:
-        schedule[NOISE_SCALE] = scheduler[NOISE_SCALE]
+    if scheduler.get(NOISE_SCALE, 1) != 1:
+        schedule[NOISE_SCALE] = float(scheduler[NOISE_SCALE])
     scaling = [vae.config.get(key) for key in ("scaling_factor", "shift_factor")]  # type: ignore[operator, union-attr]
     digest.update(json.dumps([schedule, scaling], sort_keys=True).encode())
     digest.update(_tokenizer_facts(tokenizer).encode())

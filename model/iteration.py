@@ -134,7 +134,7 @@ def reconstruction_loss(
 def student_draw(
     frozen: Frozen, student: StudentWeights, text_states: torch.Tensor, batch: Batch
 ) -> Drawn:
-    """Item 2: the student draws in one step from pure noise, with gradient."""
+    """Item 2: the student draws in one step from the base's start, with gradient."""
     encoder = frozen.pair.text_encoder
     kv = student(encoder, batch.prompts, batch.concept, text_states.detach())
     return drawn_with(frozen, kv, batch)

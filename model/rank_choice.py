@@ -1,8 +1,8 @@
 """The rank that an adapter is stored in: as low as its pictures allow, measured by drawing them.
 
-What ranks cost on the pocket pair, for its sample concepts dog, robot and teapot, trained with its
-preset and `--set adapter.rank=full` (`echodistill export dog --format diffusers --rank 8 -o DIR`
-measures one):
+What ranks cost on the pocket pair, for its sample concepts dog, robot and teapot, trained with an
+earlier preset and `--set adapter.rank=full` (`echodistill export dog --format diffusers --rank 8
+-o DIR` measures one):
 
 | rank | bytes of the deltas | weights off by | pictures off by, levels of 255 |
 | --- | --- | --- | --- |

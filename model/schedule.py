@@ -78,10 +78,10 @@ class NoiseSchedule:
                 "use 'leading', 'trailing' or 'linspace'."
             )
         noise_scale = config.get(NOISE_SCALE, 1.0)
-        if not isinstance(noise_scale, (int, float)) or not 0 < noise_scale <= 2:
+        if type(noise_scale) not in (int, float) or not 0 < noise_scale <= 2:
             raise InputError(
-                f"scheduler_config.json: {NOISE_SCALE} {noise_scale!r} is none; "
-                "give a number over 0, at most 2."
+                f"scheduler_config.json: {NOISE_SCALE} must be a number over 0, at most 2, not "
+                f"{noise_scale!r}; leave it out for noise as it is."
             )
         abar = _abar(config, keep_last_positive=euler or prediction == "epsilon")
         # Euler starts at sigma_max * eps, so a state has no z_0 part at all; in our coordinates

@@ -30,10 +30,10 @@ class MethodSettings:
             leaves the student as it is.
         shared_text: the student reads the token rows that the teacher learns; without, it has rows
             of its own that learn from its own loss.
-        follow: so much of every step that the teacher's keys and values take is taken by the
-            student's too, whose own loss then corrects it: they need the same layers. A student
-            that was distilled from its teacher draws much of what the teacher has learned by that
-            alone. Ours, 0 by default; without effect where the student does not learn.
+        follow: so much, from 0 to 2, of every step that the teacher's keys and values take is taken
+            by the student's too, whose own loss then corrects it: they need the same layers. A
+            student that was distilled from its teacher draws much of what the teacher has learned
+            by that alone. Ours, 0 by default; without effect where the student does not learn.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_EXTRA
@@ -113,8 +113,8 @@ class ViewSettings:
         far_below: a scale under this adds "far away" words to the prompt.
         scale_words: whether the prompt says how large the subject is.
         caption_probability: probability that a view of an image that has a caption takes it for its
-            prompt; a template otherwise. Ours: a caption says what is not the subject, a template
-            has the subject learned faster. Without effect on images without caption.
+            prompt; a template otherwise. Ours: a caption says what is not the subject. Without
+            effect on images without caption.
         bank: so many views a concept, drawn once and encoded once, among which every item chooses;
             None draws every item's view anew. Faster, and ours: METHOD.md's views are endless.
     """

@@ -163,8 +163,10 @@ def draw_view(
     picture = square(image, math.ceil(size * settings.crop_max)).float() / 127.5 - 1
     template = TEMPLATES[integer(0, len(TEMPLATES) - 1, gen)]
     prompt = template.format(text.phrase)
-    if caption is not None and uniform(gen) < settings.caption_probability:
-        prompt = caption
+    if caption is not None:
+        share = settings.caption_probability
+        if share == 1 or uniform(gen) < share:  # at 1 no draw, so that others stay as they were
+            prompt = caption
     if uniform(gen) < settings.flip:
         picture = picture.flip(-1)
     pasted = uniform(gen) < settings.paste_probability

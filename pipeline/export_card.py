@@ -66,6 +66,7 @@ class Exported:
             "stored_off": self.stored_error,
             "base": self.base,
             "prompt": self.prompt,
+            "noise_scale": self.noise_scale,
             "files": self.sizes,
         }
 
@@ -101,9 +102,19 @@ def _python(export: Exported) -> str:
         f"folder:\n\n```python\n{python_lines(export)}```\n\n"
         "`example.png` and this picture differ by the error above and by round-off. EchoDistill's "
         "own sampler does the same sums in float32: the student's first and only step from "
-        "t = 999, no guidance, the noise from the seed alone.\n"
+        f"t = 999, no guidance, the noise from the seed alone{_times(export)}.\n"
         + (_KOHYA if export.format == "kohya" else "")
     )
+
+
+def _times(export: Exported) -> str:
+    return "" if export.noise_scale == 1 else f", times {export.noise_scale}"
+
+
+def _whole(export: Exported) -> str:
+    if export.noise_scale == 1:
+        return ""
+    return f", from whole noise, where EchoDistill's is taken times {export.noise_scale}"
 
 
 def python_lines(export: Exported) -> str:
@@ -168,7 +179,8 @@ def _comfyui(export: Exported) -> str:
         "4. SamplerCustom: SDTurboScheduler with 1 step and denoise 1.0, KSamplerSelect `euler`, "
         "cfg 1.0.\n\n"
         "ComfyUI makes other noise of a seed than EchoDistill, so a seed gives another picture of "
-        "the same subject. It knows networks of Stable Diffusion's own sizes only.\n"
+        f"the same subject{_whole(export)}. "
+        "It knows networks of Stable Diffusion's own sizes only.\n"
     )
 
 

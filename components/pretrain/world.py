@@ -39,7 +39,7 @@ class World:
             them in these scenes only.
 
     Raises:
-        InputError: when world.json is no JSON.
+        InputError: when world.json is not what `build-world` wrote.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class World:
     ) -> None:
         try:
             facts = json.loads((folder / "world.json").read_text())
-        except ValueError as error:
+            self.sprites, scenes = facts["sprites"], list(facts["scenes"])
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder / 'world.json'} is broken: build the world again."
             ) from error
         self.device = torch.device(device)
-        self.sprites = facts["sprites"]
-        self.scene_names = list(dict.fromkeys(facts["scenes"]))
+        self.scene_names = list(dict.fromkeys(scenes))
         self.renderer = Renderer(_load_sprites(folder), _load_scenes(folder), self.device)
-        self._index_scenes(facts["scenes"])
+        self._index_scenes(scenes)
         self._index_subjects(held_out, drawn != "all")
-        self.instead = None if drawn == "all" else self._index_pairs(facts["scenes"], drawn)
+        self.instead = None if drawn == "all" else self._index_pairs(scenes, drawn)
         self.captioner = captions.Captioner(
             self.names,
             [n in PLURAL for n in self.names],

@@ -150,7 +150,7 @@ class NaiveLoop:
         return self.spec.loss.rec_weight * loss, text_states.detach()
 
     def student_draw(self, text_states: torch.Tensor, batch: Batch) -> Pictures:
-        """Item 2: `z_S` in one step from pure noise, and `x_S`; with gradient."""
+        """Item 2: `z_S` in one step from the base's start, and `x_S`; with gradient."""
         pair, schedule = self.frozen.pair, self.frozen.pair.student_schedule
         t = torch.full_like(batch.t, LAST_STEP)
         start = schedule.one_step_start(batch.noise)

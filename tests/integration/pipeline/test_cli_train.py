@@ -141,6 +141,19 @@ def test_nothing_is_left_of_a_prefix_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("generate", "fox", "a fox", "--steps", "3"), "--steps 3 is not offered"),
+        (("export", "fox", "--format", "onnx", "-o", "out"), "--format 'onnx' is not known"),
+    ],
+)
+def test_options_are_looked_at_before_the_registry(
+    tmp_path: Path, command: tuple[str, ...], words: str
+) -> None:
+    refused(run(*command, "--json", cwd=tmp_path), 2, words)
+
+
+@pytest.mark.parametrize(
     ("uri", "words"),
     [("sqlite:///typo/x.db", "there is no registry at sqlite:///"), ("typo", "no MLflow server")],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ VARIANTS = {
     "no adversary": ("loss.adv_weight=0",),
     "cooling": ("train.cooldown=1",),
     "calm": ("loss.guidance_rescale=0.5",),
+    "led in part": ("method.follow=0.8",),
+    "less noise": (),  # and a student that asks for it
 }
 
 
@@ -38,11 +42,21 @@ class Losses(Watcher):
             self.found.setdefault(member.concept.id, []).append(block_losses(block, n))
 
 
-def both_loops(paths: Any, folder: Path) -> dict[str, Any]:
+def less_noise(student: Path, place: Path) -> str:
+    """Copies a student that wants half the noise; gives the setting that takes it."""
+    shutil.copytree(student, place)
+    config = place / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.5}))
+    return f"base.student={place}"
+
+
+def both_loops(paths: Any, folder: Path, place: Path) -> dict[str, Any]:
     """Losses and weights of each variant: the engine on both concepts at once, ours one by one."""
     concepts = checked_concepts(folder)
     results: dict[str, Any] = {}
     for variant, sets in VARIANTS.items():
+        if variant == "less noise":
+            sets = (less_noise(paths.student, place / "student"),)
         spec = tiny_spec(paths, *SETS, *sets)
         watcher = Losses()
         ended = states(trained(spec, concepts, watcher=watcher))
@@ -62,8 +76,16 @@ def both_loops(paths: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tiny_paths: Any, concepts_folder: Path) -> dict[str, Any]:
-    return on_ranks(1, both_loops, tiny_paths, concepts_folder)[0]
+def results(
+    tiny_paths: Any, concepts_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("student")
+    return on_ranks(1, both_loops, tiny_paths, concepts_folder, place)[0]
+
+
+def test_less_noise_is_other_losses(results: dict[str, Any]):
+    losses = {v: results[f"{v}.dog"]["losses"][0]["mse"] for v in ("lpips", "less noise")}
+    assert losses["less noise"] != pytest.approx(losses["lpips"], rel=1e-3)
 
 
 @pytest.mark.parametrize("concept", ["dog", "robot"])

@@ -86,6 +86,8 @@ def test_hash_covers_what_the_students_picture_depends_on(
     assert other not in (changed, pair.hash)
     config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.75}))
     assert load(copied).hash not in (changed, pair.hash, other)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 1}))
+    assert load(copied).hash == other
 
 
 def test_shared_parts_may_differ_in_precision(copied: TinyPaths, pair: BasePair) -> None:

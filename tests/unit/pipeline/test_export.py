@@ -6,6 +6,8 @@ import ast
 import json
 import re
 import resource
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,26 @@ def test_tensors_have_the_names_that_loaders_want(adapter: Path, tmp_path: Path)
     rows = load_file(tmp_path / "c" / "models" / "embeddings" / "tiny-dog.safetensors")
     assert list(rows) == ["clip_l"] and rows["clip_l"].shape == (1, 32)
     assert "a photo of a embedding:tiny-dog dog" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_the_readmes_python_scales_the_noise_as_the_base_wants(
+    tiny: TinyPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(tiny.student, student)
+    config = student / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.5}))
+    quiet = load_base_pair(student, student, name="tiny")
+    write_adapter(tmp_path / "adapter", make(quiet, replace(tiny, student=student)))
+    out = tmp_path / "out"
+    assert export_to(out, tmp_path / "adapter", "full").noise_scale == 0.5
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert "latents=0.5 * torch.randn" in code
+    monkeypatch.chdir(out)
+    exec(code, {})  # what a person would paste
+    assert np.abs(pixels(out / "picture.png") - pixels(out / "example.png")).max() <= 2
+    export_to(tmp_path / "c", tmp_path / "adapter", "comfyui", "4")
+    assert "times 0.5" in (tmp_path / "c" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "full"])

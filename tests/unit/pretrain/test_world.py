@@ -177,8 +177,9 @@ def test_the_scene_asked_for_is_behind_and_in_the_caption(world: World) -> None:
     assert (drawn.other < 0).all() and (drawn.worn < 0).all() and (drawn.zoom == NORMAL).all()
 
 
-def test_a_broken_world_is_told(tmp_path: Path) -> None:
-    (tmp_path / "world.json").write_text('{"sprites": [')
+@pytest.mark.parametrize("text", ['{"sprites": [', "{}", "[]"])
+def test_a_broken_world_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "world.json").write_text(text)
     with pytest.raises(InputError, match="world.json is broken: build the world again"):
         World(tmp_path, "cpu")
 

@@ -94,6 +94,8 @@ def test_the_digest_covers_what_changes_the_result_and_nothing_else():
         "loss.id_weight=0.5",
         "views.flip=0.1",
         "views.bank=64",
+        "views.caption_probability=0.5",
+        "method.follow=0.5",
         "echo.rounds=2",
         "adapter.rank=8",
         "adapter.rank=full",
