@@ -143,7 +143,7 @@ def student_draw(
 def drawn_with(frozen: Frozen, kv: torch.Tensor, batch: Batch) -> Drawn:
     """Item 2 from the student's keys and values [R, L, C_S] on."""
     pair, schedule = frozen.pair, frozen.pair.student_schedule
-    start = schedule.one_step_start(batch.noise)
+    start = batch.noise * schedule.start_scale(1)
     t = torch.full_like(batch.t, LAST_STEP)
     prediction = pair.denoise(pair.student, start, t, kv)
     z_s = schedule.x0(prediction, start, t)

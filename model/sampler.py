@@ -46,11 +46,9 @@ def sample_student(
 
     counts = [steps] * len(noise) if isinstance(steps, int) else steps
     plans = [schedule.timesteps(count, "trailing") for count in counts]
-    starts = [
-        schedule.one_step_start(each) if count == 1 else each * schedule.initial_scale
-        for each, count in zip(noise, counts, strict=True)
-    ]
-    z = _ddim(predict, schedule, torch.stack(starts).to(pair.device), plans, final_abar=1.0)
+    scales = torch.tensor([schedule.start_scale(count) for count in counts], dtype=noise.dtype)
+    start = noise.to(pair.device) * scales.view(-1, 1, 1, 1).to(pair.device)
+    z = _ddim(predict, schedule, start, plans, final_abar=1.0)
     return pair.decode(z).clamp(-1, 1)
 
 
@@ -86,7 +84,7 @@ def sample_teacher(
         return uncond + guidance * (cond - uncond)
 
     plans = [schedule.timesteps(steps)] * len(noise)
-    start = (noise * schedule.initial_scale).to(pair.device)
+    start = noise.to(pair.device) * schedule.initial_scale
     z = _ddim(predict, schedule, start, plans, schedule.final_abar)
     return pair.decode(z).clamp(-1, 1)
 

@@ -98,9 +98,9 @@ class NoiseSchedule:
             final_abar=1.0 if to_one else float(abar[0]),
         )
 
-    def one_step_start(self, noise: torch.Tensor) -> torch.Tensor:
-        """Give the state that a picture in one step starts from, of standard normal noise."""
-        return noise * (self.noise_scale * self.initial_scale)
+    def start_scale(self, steps: int) -> float:
+        """Give what standard normal noise is multiplied by to start a picture in so many steps."""
+        return self.initial_scale * (self.noise_scale if steps == 1 else 1.0)
 
     def at(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Give `abar_t` [R] shaped to multiply `like` [R, ...], float32, on its device."""

@@ -142,15 +142,13 @@ def write_concepts(world: World, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         gen = world.generator(1000 + index)
         subject = torch.tensor([world.sprite(style, emoji)])
-        for k, scene in enumerate(REFERENCE_SCENES):
+        captions = []
+        for k, (scene, words) in enumerate(REFERENCE_SCENES.items()):
             scenes = world.sample(1, gen, subject=subject, scene=scene, alone=True, zoom=NORMAL)
             scenes.size = scenes.size.clamp(min=0.62)
             picture: Image.Image = grid(world.render(scenes)[0], 1)
             picture.save(folder / f"{k:02d}.png", optimize=True)
-        captions = [
-            f"  {k:02d}.png: a photo of a {noun} {words}"
-            for k, words in enumerate(REFERENCE_SCENES.values())
-        ]
+            captions.append(f"  {k:02d}.png: a photo of a {noun} {words}")
         write_text(
             folder / "concept.yaml",
             f"class_noun: {noun}\ntoken: <new1>\n"

@@ -153,7 +153,7 @@ class NaiveLoop:
         """Item 2: `z_S` in one step from the base's start, and `x_S`; with gradient."""
         pair, schedule = self.frozen.pair, self.frozen.pair.student_schedule
         t = torch.full_like(batch.t, LAST_STEP)
-        start = schedule.one_step_start(batch.noise)
+        start = batch.noise * schedule.start_scale(1)
         z_s = schedule.x0(self._denoise(self.student, start, t, text_states), start, t)
         return Pictures(z_s, pair.decode(z_s))
 

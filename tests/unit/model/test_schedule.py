@@ -94,7 +94,8 @@ def test_the_noise_of_one_step_is_scaled_as_the_config_says() -> None:
     scaled = NoiseSchedule.from_config({**EULER, "_noise_scale": 0.75})
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert plain.noise_scale == 1.0 and scaled.initial_scale == plain.initial_scale
-    assert torch.allclose(scaled.one_step_start(noise), 0.75 * plain.one_step_start(noise))
+    assert torch.allclose(noise * scaled.start_scale(1), 0.75 * noise * plain.start_scale(1))
+    assert scaled.start_scale(4) == plain.start_scale(1) == plain.initial_scale
     # What diffusers does not know it keeps, and leaves alone.
     theirs = EulerDiscreteScheduler.from_config({**EULER, "_noise_scale": 0.75})
     assert theirs.init_noise_sigma == EulerDiscreteScheduler.from_config(EULER).init_noise_sigma
