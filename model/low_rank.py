@@ -31,7 +31,8 @@ class Decomposition:
     """The singular value decompositions of some deltas, from which any rank is read.
 
     Attributes:
-        factors: by layer name (`<path>.to_k`), `U` [c, m], `s` [m] and `V^T` [m, d], float32.
+        factors: by layer name (`<path>.to_k`), `U` [c, m], `s` [m] and `V^T` [m, d], float32, on
+            the device that computed them.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -42,7 +43,7 @@ class Decomposition:
         factors = {}
         for name, delta in deltas.items():
             u, s, vh = torch.linalg.svd(delta.to(device, torch.float32), full_matrices=False)
-            factors[name.removesuffix(WHOLE)] = (u.cpu(), s.cpu(), vh.cpu())
+            factors[name.removesuffix(WHOLE)] = (u, s, vh)
         return cls(factors)
 
     @property

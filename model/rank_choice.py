@@ -97,7 +97,8 @@ def _stored(
     pair: BasePair, adapter: Adapter, which: str, draws: _Draw, rank: Rank, bound: float
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Give the deltas `which` of an adapter in a rank, and what `meta` says of them."""
-    exact = whole(getattr(adapter, which))
+    # What is compared lies where it is drawn: on a CPU errors would take longer than pictures.
+    exact = {name: each.to(pair.device) for name, each in whole(getattr(adapter, which)).items()}
     tried: dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
 
     def keeps_bound(r: int) -> bool:
@@ -113,11 +114,18 @@ def _stored(
         pictures = error_pictures(pair, adapter, draws)
         if rank != "auto":
             keeps_bound(rank)
-            return tried[rank]
+            return _kept(*tried[rank])
         room = sum(delta.numel() for delta in exact.values())
         ranks = [each for each in RANKS if decomposition.numbers(each) < room]
         # The error falls as the rank grows, so that a few drawings find the first that keeps it.
         first = bisect_left(ranks, True, key=keeps_bound)
         if first < len(ranks):
-            return tried[ranks[first]]
-    return {name: delta.half() for name, delta in exact.items()}, {"rank": None, "rank_error": None}
+            return _kept(*tried[ranks[first]])
+    halves = {name: delta.half() for name, delta in exact.items()}
+    return _kept(halves, {"rank": None, "rank_error": None})
+
+
+def _kept(
+    parts: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return {name: part.cpu() for name, part in parts.items()}, facts

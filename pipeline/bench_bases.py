@@ -157,7 +157,7 @@ RANDOM_BASES = {PRESET: _FULL, MINI: _MINI}
 """Bases that are built with random weights; every other one is loaded."""
 
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-_TEACHER_SCHEDULE = _BETAS | {
+TEACHER_SCHEDULE = _BETAS | {
     "_class_name": "DDIMScheduler",
     "prediction_type": "v_prediction",
     "set_alpha_to_one": False,
@@ -214,7 +214,7 @@ def build_frozen(base: str, spec: RunSpec, precision: str, device: torch.device)
         (UNet2DConditionModel, shapes.unet),
         (UNet2DConditionModel, shapes.unet),
     ]
-    vit, dinov2, clip, text_encoder, vae, *unets = _random(kinds, spec.seed, device)
+    vit, dinov2, clip, text_encoder, vae, *unets = random_networks(kinds, spec.seed, device)
     pair = _pair(base, spec.resolution, unets, vae, text_encoder, dtype)
     backbones = [_backbone(*named, dtype) for named in (("dino", vit), ("dinov2", dinov2))]
     identity = _backbone("clip", clip, dtype)
@@ -232,7 +232,7 @@ def random_pair(
         (AutoencoderKL, shapes.vae),
         (UNet2DConditionModel, shapes.unet),
     ]
-    text_encoder, vae, unet = _random(kinds, seed, device)
+    text_encoder, vae, unet = random_networks(kinds, seed, device)
     return _pair(base, resolution, (unet, unet), vae, text_encoder, dtype)
 
 
@@ -266,7 +266,7 @@ def write_photos(folder: Path, count: int, size: int) -> list[Concept]:
     return [each.concept for each in checked if each.concept is not None]
 
 
-def _random(
+def random_networks(
     kinds: Sequence[tuple[Any, dict[str, Any]]], seed: int, device: torch.device
 ) -> list[Any]:
     """Build networks with random weights, straight on a device: on the CPU it takes minutes."""
@@ -300,8 +300,8 @@ def _pair(
         student_kv=kv[1],
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(),
-        teacher_schedule=NoiseSchedule.from_config(_TEACHER_SCHEDULE),
+        tokenizer=letter_tokenizer(),
+        teacher_schedule=NoiseSchedule.from_config(TEACHER_SCHEDULE),
         student_schedule=NoiseSchedule.from_config(STUDENT_SCHEDULE),
         resolution=resolution,
         latent_shape=(vae.config.latent_channels, side, side),
@@ -329,7 +329,7 @@ def _backbone(name: str, network: Any, dtype: torch.dtype) -> Backbone:
     )
 
 
-def _tokenizer() -> Any:
+def letter_tokenizer() -> Any:
     """Make a CLIP tokenizer that knows single characters; its ids fit every text encoder."""
     characters = [*string.ascii_letters, *string.digits, *string.punctuation]
     tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]

@@ -138,7 +138,7 @@ def _lowered(pair: BasePair, adapter: Adapter, wanted: int | None) -> tuple[Adap
     found = with_rank(pair, alone, wanted or "auto", AdapterSpec().max_picture_error)
     if found.meta["rank"] is not None:
         return found, found.meta["rank"]
-    everything = Decomposition.of(whole(adapter.kv_delta), pair.device)
+    everything = Decomposition.of(whole(adapter.kv_delta))
     rank = everything.full_rank
     return replace(adapter, kv_delta=everything.at_rank(rank)), rank
 

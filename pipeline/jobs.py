@@ -19,6 +19,7 @@ from model.errors import InputError, ServiceError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STOP_SECONDS = 30.0
+START_SECONDS = 60.0  # that a cluster which has just started may take until it runs jobs
 _BATCH = "echodistill.batch"
 _ENVIRONMENT = {
     # A node of an autoscaling cluster takes minutes to come.
@@ -27,6 +28,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
 }
 OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
+_NO_AGENT = "No available agent"  # Ray's words, after it has waited ten seconds for one
 
 
 class Jobs:
@@ -64,13 +66,20 @@ class Jobs:
         with self._plain_errors():
             count = len(self._of(batch))
             job = f"{batch.id}-j{count + 1}"
-            self._client.submit_job(
-                entrypoint=entrypoint(batch.uri, failed),
-                submission_id=job,
-                runtime_env={"env_vars": {**_ENVIRONMENT, **(environment or {}), JOB_NAME: job}},
-                metadata={_BATCH: batch.id},
-            )
-        return job
+            variables = {**_ENVIRONMENT, **(environment or {}), JOB_NAME: job}
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=entrypoint(batch.uri, failed),
+                        submission_id=job,
+                        runtime_env={"env_vars": variables},
+                        metadata={_BATCH: batch.id},
+                    )
+                    return job
+                except RuntimeError as error:
+                    if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                        raise
 
     def state(self, job: str) -> tuple[str, str]:
         """Return a job's status (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED) and message."""

@@ -39,7 +39,8 @@ Device = Annotated[str, typer.Option(help="cuda or cpu.", callback=_device)]
 _WORK = Path("build/pocket")
 # Other kinds of file take no notice. A wheat field is a desert where too little is kept.
 _SAMPLES: dict[str, Any] = {"quality": 35, "method": 6}
-_UNSEEN: dict[str, Any] = {"quality": 70, "method": 6}
+_UNSEEN: dict[str, Any] = {"quality": 60, "method": 6}
+_WIDTH = 1024  # of the samples: a page shows them no wider
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -142,6 +143,7 @@ def evaluate(
         figures |= {"threads": torch.get_num_threads(), **of.latency(painter)}
     if samples:
         picture = of.samples(painter)
+        picture.thumbnail((_WIDTH, _WIDTH))
         picture.save(samples, **_SAMPLES)
     typer.echo(json.dumps(figures, indent=2))
 

@@ -255,7 +255,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: STOPPED.set())
     path = options.out / f"{options.mode}.json"
-    document = _so_far(options, path)
+    document = so_far(options, path)
     for count in options.gpus:
         if not _whole(options, document, count) and not STOPPED.is_set():
             document["rows"] = [row for row in document["rows"] if row["gpus"] != count]
@@ -275,7 +275,7 @@ def _whole(options: argparse.Namespace, document: Document, count: int) -> bool:
     return len(rows) == len(options.stages) * len(options.checkpointing)
 
 
-def _so_far(options: argparse.Namespace, path: Path) -> Document:
+def so_far(options: argparse.Namespace, path: Path) -> Document:
     """Give what is measured already with these settings, or an empty document."""
     apart = ("out", "child", "gpus")
     settings = {name: value for name, value in vars(options).items() if name not in apart}
@@ -287,10 +287,12 @@ def _so_far(options: argparse.Namespace, path: Path) -> Document:
     return document
 
 
-def _parsed() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+def numbers(text: str) -> list[int]:
+    """Read `1,2,4`."""
+    return [int(part) for part in text.split(",")]
 
+
+def _parsed() -> argparse.Namespace:
     def switches(text: str) -> list[bool]:
         return [{"on": True, "off": False}[part] for part in text.split(",")]
 
