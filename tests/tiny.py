@@ -84,6 +84,12 @@ def build_tiny_pair(
     return paths
 
 
+def want_less_noise(student: Path, scale: float) -> None:
+    """Have a student want its noise multiplied by `scale` for pictures in one step."""
+    config = student / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": scale}))
+
+
 def write_concepts(folder: Path, ids: tuple[str, ...] = ("tiny-dog", "tiny-robot")) -> None:
     """Write sample concepts: three coloured 40x48 pictures each, and a concept.yaml."""
     for n, concept_id in enumerate(ids):

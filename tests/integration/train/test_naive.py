@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from components.train.members import Member
 from components.train.naive import NaiveLoop
 from model.errors import InputError
 from tests.integration.train.packs import checked_concepts, loaded, states, tiny_spec, trained
+from tests.tiny import want_less_noise
 from tests.unit.train.ranks import on_ranks
 
 ITERATIONS = 2
@@ -45,8 +45,7 @@ class Losses(Watcher):
 def less_noise(student: Path, place: Path) -> str:
     """Copies a student that wants half the noise; gives the setting that takes it."""
     shutil.copytree(student, place)
-    config = place / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.5}))
+    want_less_noise(place, 0.5)
     return f"base.student={place}"
 
 

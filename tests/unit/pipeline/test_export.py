@@ -28,7 +28,7 @@ from pipeline.cli.main import run
 from pipeline.cli.output import Output
 from pipeline.export import export
 from pipeline.export_card import Exported, human, python_lines
-from tests.tiny import TinyPaths, build_tiny_pair
+from tests.tiny import TinyPaths, build_tiny_pair, want_less_noise
 
 ALL = "32"  # the tiny layers' full rank: nothing is lost but round-off
 PROMPT = "a photo of a <new1> dog"
@@ -105,8 +105,7 @@ def test_the_readmes_python_scales_the_noise_as_the_base_wants(
 ) -> None:
     student = tmp_path / "student"
     shutil.copytree(tiny.student, student)
-    config = student / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_noise_scale": 0.5}))
+    want_less_noise(student, 0.5)
     quiet = load_base_pair(student, student, name="tiny")
     write_adapter(tmp_path / "adapter", make(quiet, replace(tiny, student=student)))
     out = tmp_path / "out"
