@@ -102,19 +102,14 @@ def _python(export: Exported) -> str:
         f"folder:\n\n```python\n{python_lines(export)}```\n\n"
         "`example.png` and this picture differ by the error above and by round-off. EchoDistill's "
         "own sampler does the same sums in float32: the student's first and only step from "
-        f"t = 999, no guidance, the noise from the seed alone{_times(export)}.\n"
+        f"t = 999, no guidance, the noise from the seed alone{_scaled(export, ', times {}')}.\n"
         + (_KOHYA if export.format == "kohya" else "")
     )
 
 
-def _times(export: Exported) -> str:
-    return "" if export.noise_scale == 1 else f", times {export.noise_scale}"
-
-
-def _whole(export: Exported) -> str:
-    if export.noise_scale == 1:
-        return ""
-    return f", from whole noise, where EchoDistill's is taken times {export.noise_scale}"
+def _scaled(export: Exported, words: str) -> str:
+    """Put the scale of the noise into words, where there is one."""
+    return "" if export.noise_scale == 1 else words.format(export.noise_scale)
 
 
 def python_lines(export: Exported) -> str:
@@ -140,7 +135,7 @@ def python_lines(export: Exported) -> str:
         *third,
     ]
     shape = ", ".join(map(str, (1, *export.latent_shape)))
-    scaled = "" if export.noise_scale == 1 else f"{export.noise_scale} * "
+    scaled = _scaled(export, "{} * ")
     lines = [
         *imports,
         "",
@@ -171,6 +166,7 @@ def _comfyui(export: Exported) -> str:
     prompt = export.prompt
     for token, name in zip(export.tokens, names, strict=True):
         prompt = prompt.replace(token, f"embedding:{name}")
+    whole = ", from whole noise, where EchoDistill's is taken times {}"
     return (
         "Copy `models` over ComfyUI's own folder of that name. Then:\n\n"
         "1. CheckpointLoaderSimple: the base's checkpoint (`sd_turbo.safetensors` for SD-Turbo).\n"
@@ -179,7 +175,7 @@ def _comfyui(export: Exported) -> str:
         "4. SamplerCustom: SDTurboScheduler with 1 step and denoise 1.0, KSamplerSelect `euler`, "
         "cfg 1.0.\n\n"
         "ComfyUI makes other noise of a seed than EchoDistill, so a seed gives another picture of "
-        f"the same subject{_whole(export)}. "
+        f"the same subject{_scaled(export, whole)}. "
         "It knows networks of Stable Diffusion's own sizes only.\n"
     )
 
