@@ -97,8 +97,7 @@ def _stored(
     pair: BasePair, adapter: Adapter, which: str, draws: _Draw, rank: Rank, bound: float
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Give the deltas `which` of an adapter in a rank, and what `meta` says of them."""
-    # What is compared lies where it is drawn: on a CPU errors would take longer than pictures.
-    exact = {name: each.to(pair.device) for name, each in whole(getattr(adapter, which)).items()}
+    exact = whole(getattr(adapter, which))
     tried: dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
 
     def keeps_bound(r: int) -> bool:
@@ -110,6 +109,8 @@ def _stored(
         return error["pictures"] <= bound
 
     if rank != "full":
+        # Compared where they are drawn: on a CPU errors would take longer than pictures on a GPU.
+        exact = {name: each.to(pair.device) for name, each in exact.items()}
         decomposition = Decomposition.of(exact, pair.device)
         pictures = error_pictures(pair, adapter, draws)
         if rank != "auto":

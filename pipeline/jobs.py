@@ -28,7 +28,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
 }
 OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
-_NO_AGENT = "No available agent"  # Ray's words, after it has waited ten seconds for one
+_NO_AGENT = "No available agent"  # Ray's words
 
 
 class Jobs:
@@ -61,7 +61,11 @@ class Jobs:
         """Start a driver for a batch; returns the job's id.
 
         With `failed` it tries those again that failed. `environment` is for driver and workers; the
-        cluster's dashboard shows it.
+        cluster's dashboard shows it. A cluster that has only just started is given
+        `START_SECONDS` until it runs jobs.
+
+        Raises:
+            ServiceError: when the cluster is out of reach or does not take the job.
         """
         with self._plain_errors():
             count = len(self._of(batch))
@@ -80,6 +84,7 @@ class Jobs:
                 except RuntimeError as error:
                     if _NO_AGENT not in str(error) or time.monotonic() > deadline:
                         raise
+                    time.sleep(1.0)
 
     def state(self, job: str) -> tuple[str, str]:
         """Return a job's status (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED) and message."""

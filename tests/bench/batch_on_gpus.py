@@ -8,6 +8,9 @@ the adapters are registered in MLflow and measured. The base is of random weight
 (`random_base.py`), the photos are made up, and nothing is fetched. Results are written after every
 number of GPUs; run again with the same settings, it skips those that are there. With `--device cpu
 --base sd-turbo-mini` a GPU is a core, to see that it works.
+
+`concepts_per_hour` is by the time of an iteration alone, for 1000; what a batch takes beside its
+iterations is in the moments of its packs, and in `seconds`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -36,14 +40,15 @@ import psutil
 import torch
 
 from components.train.state import BatchView
-from model.errors import ServiceError
+from model.errors import EchoDistillError, InputError, ServiceError
 from pipeline import bench_measure as measure
 from pipeline.bench_bases import MINI, PRESET, RANDOM_BASES, write_photos
 from pipeline.jobs import Jobs
 from pipeline.services import quiet_libraries
 from tests.bench.random_base import settings_of
-from tests.bench.ranks_on_gpu import Document, chart, compare, numbers, so_far
+from tests.bench.ranks_on_gpu import Document, chart, compare, so_far
 
+ROOT = str(Path(__file__).resolve().parents[2])
 LOOK_SECONDS = 1.0
 START_SECONDS = 120.0
 PACE = "seconds_per_iteration"
@@ -54,25 +59,25 @@ def batch(options: argparse.Namespace, sets: list[str], count: int) -> Document:
     """Train a pack on each of so many GPUs, or `--rounds` of them; returns what it took."""
     work = options.out / f"gpus-{count}"
     shutil.rmtree(work, ignore_errors=True)  # what is registered would not be trained again
+    photos, registry = work / "photos", f"sqlite:///{work / 'mlflow.db'}"
     size = max(64, options.resolution or 512)
-    photos = work / "photos"
     write_photos(photos, count * options.rounds * options.pack, size)
-    with cluster(options, count) as address, Watch(options.device) as watch:
+    gpus = visible_gpus()[:count] if options.device == "cuda" else []
+    with cluster(options.out, count, gpus) as address, Watch(gpus) as watch:
         command = [sys.executable, "-m", "pipeline.cli.entry", "submit", str(photos), "--wait"]
         command += ["--base", PRESET, "--storage", str(work / "storage"), "--json"]
-        command += ["--address", address, "--waiting", str(count)]
+        command += ["--tracking-uri", registry, "--address", address, "--waiting", str(count)]
         for each in sets:
             command += ["--set", each]
         began = time.time()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=work)
         seconds = time.time() - began
-    found = json.loads(done.stdout)
-    if "concepts" not in found:
-        sys.exit(f"the batch was not taken: {found}")
+    found = json.loads(done.stdout or "{}")
+    if "counts" not in found:
+        raise ServiceError(f"the batch was not taken: {found.get('error', 'see above')}")
     row: Document = {"gpus": count, "concepts": len(found["concepts"]), "seconds": seconds}
-    row["states"] = found.get("counts", found)
-    packs = [pack for pack in packs_of(found, began) if pack]
-    row["processes"] = packs
+    row["states"] = found["counts"]
+    packs = row["processes"] = list(packs_of(found, began))
     if len(packs) < count * options.rounds or set(row["states"]) != {"trained"}:
         return row
     rate = statistics.mean(3600 / pack["ms"] for pack in packs)
@@ -86,24 +91,28 @@ def batch(options: argparse.Namespace, sets: list[str], count: int) -> Document:
 
 
 def packs_of(found: Document, began: float) -> Iterator[Document]:
-    """Give what each pack's MLflow runs say: ms an iteration and concept, and when it was where."""
+    """Give what the MLflow runs of each pack say that was trained to its end.
+
+    That is ms an iteration and concept, and the seconds since the submission at which the base was
+    loaded, the first and the last block of iterations ended, and adapters were written and logged.
+    """
     import mlflow
 
     client = mlflow.MlflowClient(found["registry"])
     states = {one["id"]: one for one in found["concepts"]}
     for ids in BatchView(found["uri"]).batch.packs:
         runs = [client.get_run(states[name]["run_id"]) for name in ids if states[name]["run_id"]]
-        if len(runs) < len(ids):
-            yield {}
+        if len(runs) < len(ids) or not all(run.info.end_time for run in runs):
             continue
         paces = client.get_metric_history(runs[0].info.run_id, PACE)
-        # The first block has what starts lazily in it, and those of echo begin with a round.
-        ms = [1e3 * one.value / len(ids) for one in paces[1:]]
-        moments = [one.timestamp / 1e3 - began for one in paces]
-        yield measure.summary([one / 1e3 for one in ms]) | {
+        if len(paces) < 2:
+            continue
+        # The first block has what starts lazily in it.
+        yield measure.summary([one.value / len(ids) for one in paces[1:]]) | {
             "concepts": len(ids),
             "starts": round(runs[0].info.start_time / 1e3 - began, 1),
-            "last_iteration": round(moments[-1], 1),
+            "first_block": round(paces[0].timestamp / 1e3 - began, 1),
+            "last_iteration": round(paces[-1].timestamp / 1e3 - began, 1),
             "trained": round(max(run.info.end_time for run in runs) / 1e3 - began, 1),
             "seconds": [states[name]["seconds"] for name in ids],
             "sha256": [states[name]["sha256"] for name in ids],
@@ -111,46 +120,54 @@ def packs_of(found: Document, began: float) -> Iterator[Document]:
         }
 
 
+def visible_gpus() -> list[str]:
+    """Give the GPUs that this process may use, as nvidia-smi and CUDA name them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
+
+
 @contextmanager
-def cluster(options: argparse.Namespace, count: int) -> Iterator[str]:
-    """Start a Ray head that has so many GPUs; yields its address."""
-    ports = [free_port() for _ in range(3)]
-    cores = os.cpu_count() or 1
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+def cluster(out: Path, count: int, gpus: list[str]) -> Iterator[str]:
+    """Start a Ray head that has these GPUs, or so many cores; yields its address."""
+    ports = [str(free_port()) for _ in range(3)]
     environment = dict(os.environ)
-    resources = ["--num-gpus", "0", "--num-cpus", str(max(cores, count))]
-    if options.device == "cuda":
-        # By hand, so that a host of eight has two where two are measured.
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count)))
-        resources = ["--num-gpus", str(count), "--num-cpus", str(cores)]
+    resources = ["--num-gpus", "0", "--num-cpus", str(count)]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        resources = ["--num-gpus", str(count)]
     ray = "from ray.scripts.scripts import main; main()"  # as `ray`, wherever it is installed
-    command = [sys.executable, "-c", ray, "start", "--head", "--block"]
-    command += ["--port", str(ports[0]), "--dashboard-port", str(ports[1]), *resources]
-    command += ["--dashboard-agent-listen-port", str(ports[2])]
-    command += ["--dashboard-host", "127.0.0.1", "--disable-usage-stats"]
+    command = [sys.executable, "-c", ray, "start", "--head", "--block", "--port", ports[0]]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1]]
+    command += ["--dashboard-agent-listen-port", ports[2], "--disable-usage-stats", *resources]
     command += ["--object-store-memory", str(512 * 2**20)]
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        log = (options.out / f"ray-{count}.log").open("w")
-        head = subprocess.Popen(
-            [*command, "--temp-dir", folder], env=environment, stdout=log, stderr=log
-        )
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as own,
+        (out / f"ray-{count}.log").open("w") as log,
+    ):
+        command += ["--temp-dir", own]
+        head = psutil.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{ports[1]}"
             wait_for(address, head)
             yield address
         finally:
-            # Asked to end it would wait for the actors that are left.
-            with suppress(psutil.NoSuchProcess):
-                for each in psutil.Process(head.pid).children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        each.kill()
-            head.kill()
-            head.wait()
-            for told in Path(folder).glob("session_2*/logs/job-driver-*.log"):
-                shutil.copy(told, options.out / f"driver-{count}.log")
+            end(head)
+            for told in Path(own).glob("session_2*/logs/job-driver-*.log"):
+                shutil.copy(told, out / f"driver-{count}.log")
 
 
-def wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
+def end(head: psutil.Popen) -> None:
+    """End a Ray at once: asked to end, it would wait for the actors that are left."""
+    started: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        started = head.children(recursive=True)
+    for each in [head, *started]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs([head, *started], timeout=30)
+
+
+def wait_for(address: str, head: psutil.Popen) -> None:
     """Wait until the Jobs API answers."""
     deadline = time.monotonic() + START_SECONDS
     while head.poll() is None and time.monotonic() < deadline:
@@ -159,7 +176,7 @@ def wait_for(address: str, head: subprocess.Popen[bytes]) -> None:
             return
         except ServiceError:
             time.sleep(0.5)
-    sys.exit(f"Ray did not start at {address}: see ray-*.log")
+    raise ServiceError(f"Ray did not start at {address}: see ray-*.log")
 
 
 def free_port() -> int:
@@ -172,9 +189,9 @@ def free_port() -> int:
 class Watch(threading.Thread):
     """Looks at the host once a second: cores and memory of the packs' workers and of the rest."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, gpus: list[str]) -> None:
         super().__init__(daemon=True)
-        self._device = device
+        self._visible = gpus
         self._over = threading.Event()
         self._looks: list[tuple[float, dict[str, tuple[float, float, int]], list[float]]] = []
 
@@ -193,6 +210,7 @@ class Watch(threading.Thread):
     def during(self, begin: float, end: float) -> Document:
         """Say what was used between two moments: a worker's and the rest's cores and memory."""
         looks = [look for look in self._looks if begin <= look[0] <= end]
+        looks = [look for look in looks if len(look[2]) == len(self._visible)]
         if len(looks) < 2:
             return {"looks": len(looks)}
         found: Document = {"looks": len(looks)}
@@ -204,13 +222,16 @@ class Watch(threading.Thread):
                 "cores": round((last[0] - first[0]) / seconds, 2),
                 "gib": round(max(look[1][kind][1] for look in looks) / measure.GIB, 2),
             }
-        if looks[0][2]:
+        if self._visible:
             gpus = zip(*(look[2] for look in looks), strict=True)
             found["gpu_gib"] = [round(max(each) / 1024, 1) for each in gpus]
         return found
 
     def _processes(self) -> dict[str, tuple[float, float, int]]:
-        """Sum seconds of cores, resident memory and number over Ray's processes, by kind."""
+        """Sum seconds of cores, resident memory and number of what was started, by kind.
+
+        Pages that several processes share are counted once in each.
+        """
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
         for process in psutil.Process().children(recursive=True):
             try:
@@ -226,12 +247,15 @@ class Watch(threading.Thread):
         return {kind: (a, b, int(n)) for kind in ("workers", "others") for a, b, n in [sums[kind]]}
 
     def _gpus(self) -> list[float]:
-        """Give each GPU's memory in use, MiB."""
-        if self._device != "cuda":
+        """Give each GPU's memory in use, MiB; nothing when nvidia-smi does not tell."""
+        if not self._visible:
             return []
         command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        told = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        return [float(line) for line in told.stdout.split()]
+        try:
+            told = subprocess.check_output([*command, "-i", ",".join(self._visible)], text=True)
+            return [float(line) for line in told.split()]
+        except (OSError, subprocess.CalledProcessError, ValueError):
+            return []
 
 
 def table(document: Document) -> str:
@@ -239,16 +263,14 @@ def table(document: Document) -> str:
     lines = []
     for row in document["rows"]:
         packs = row["processes"]
-        ms = " ".join(f"{pack['ms']:.1f}" for pack in packs if pack)
+        ms = " ".join(f"{pack['ms']:.1f}" for pack in packs)
         lines.append(
-            f"{row['gpus']} GPUs: {row.get('concepts_per_hour')} concepts of 1000 iterations an "
-            f"hour, {row.get('over_one')} of one GPU; {row['states']} in {row['seconds']:.0f} s; "
-            f"ms {ms}"
+            f"{row['gpus']} GPUs: by iterations alone {row.get('concepts_per_hour')} concepts of "
+            f"1000 an hour, {row.get('over_one')} of one GPU; {row['states']} in "
+            f"{row['seconds']:.0f} s; ms {ms}"
         )
-        for pack in packs:
-            if pack:
-                names = ("starts", "last_iteration", "trained")
-                lines.append("  " + ", ".join(f"{name} at {pack[name]} s" for name in names))
+        names = ("starts", "first_block", "last_iteration", "trained")
+        lines += ["  " + ", ".join(f"{each} at {pack[each]} s" for each in names) for pack in packs]
         lines.append(f"  {json.dumps(row.get('host'))}")
     return "\n".join(lines)
 
@@ -256,21 +278,33 @@ def table(document: Document) -> str:
 def main() -> int:
     """Measure on one number of GPUs after the other; exit code 1 when a batch failed."""
     options = _parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+    try:
+        return _measure(options)
+    except EchoDistillError as error:
+        sys.exit(f"error: {error}")
+
+
+def _measure(options: argparse.Namespace) -> int:
     quiet_libraries()
+    # Once: Ray reads it once. And whatever is started imports this checkout.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "batch.json"
     device = measure.find_device(options.device)
     options.device = device.type
     if device.type == "cuda" and torch.cuda.device_count() < max(options.gpus):
-        sys.exit(f"--gpus {max(options.gpus)}: this host has {torch.cuda.device_count()}")
+        raise InputError(f"--gpus {max(options.gpus)}: there are {torch.cuda.device_count()}")
     document = so_far(options, path)
     document |= measure.environment(device)
     began = time.monotonic()
     base = options.out / "base"
     # In a process of its own, which gives the GPU's memory back.
     command = [sys.executable, "-m", "tests.bench.random_base", str(base), "--base", options.base]
-    subprocess.run([*command, "--device", options.device], check=True)
+    if subprocess.run([*command, "--device", options.device]).returncode:
+        return 1
     document.setdefault("base_seconds", round(time.monotonic() - began, 1))
     sets = settings_of(base, options.base)
     sets += [f"train.device={options.device}", f"pack.size={options.pack}"]
@@ -299,17 +333,27 @@ def _whole(document: Document, count: int) -> bool:
 
 
 def _parsed() -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError(text)
+        return int(text)
+
+    def numbers(text: str) -> list[int]:
+        return [positive(part) for part in text.split(",")]
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", type=numbers, default=[1, 2])
     parser.add_argument("--base", default=PRESET, choices=sorted(RANDOM_BASES))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--set", action="append", default=[], help="of the run spec")
-    parser.add_argument("--pack", type=int, default=4, help="concepts a pack")
-    parser.add_argument("--rounds", type=int, default=1, help="packs a GPU, one after the other")
-    parser.add_argument("--iterations", type=int, default=60, help="of the main stage")
+    parser.add_argument("--pack", type=positive, default=4, help="concepts a pack")
+    parser.add_argument("--rounds", type=positive, default=1, help="packs a GPU, in turn")
+    parser.add_argument("--iterations", type=positive, default=60, help="of the main stage")
     parser.add_argument("--out", type=Path, default=Path("runs/batch"))
     options = parser.parse_args()
     options.resolution = 64 if options.base == MINI else None
+    if options.iterations < 10:
+        parser.error("--iterations: give 10 or more, the first five are not counted")
     return options
 
 

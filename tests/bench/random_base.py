@@ -31,11 +31,12 @@ from transformers import (
     ViTModel,
 )
 
+from model.errors import EchoDistillError, InputError
 from pipeline import bench_bases as bases
 from pipeline.bench_measure import find_device
 
 PARTS = ("teacher", "student", "clip", "dino", "dinov2")
-DONE = "whole"  # written last
+DONE = "base.json"  # which one it is; written last
 _CLIP_TEXT_LAYERS = 1  # more than the text encoder has: it leaves the last one out
 
 
@@ -55,13 +56,21 @@ def settings_of(folder: Path, base: str) -> list[str]:
 
 
 def write_base(folder: Path, base: str, device: torch.device, seed: int = 0) -> None:
-    """Write a base into `folder`, if it is not there."""
-    if (folder / DONE).exists():
+    """Write a base into `folder`, if it is not there.
+
+    Raises:
+        InputError: when the folder holds another one.
+    """
+    facts, done = {"base": base, "seed": seed}, folder / DONE
+    if done.exists():
+        held = json.loads(done.read_text())
+        if held != facts:
+            raise InputError(f"{folder} holds {held}, not {facts}: give another folder")
         return
     shapes = bases.RANDOM_BASES[base]
     _write_pair(folder, shapes, device, seed)
     _write_backbones(folder, shapes, device, seed)
-    (folder / DONE).touch()
+    done.write_text(json.dumps(facts))
 
 
 def _write_pair(folder: Path, shapes: bases.Shapes, device: torch.device, seed: int) -> None:
@@ -112,15 +121,19 @@ def _write(folder: Path, kind: Any, settings: Any, device: torch.device, seed: i
     network.half().save_pretrained(folder)
 
 
-def main() -> None:
-    """Write the base."""
+def main() -> str | None:
+    """Write the base; returns what is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", default=bases.PRESET, choices=sorted(bases.RANDOM_BASES))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
-    write_base(options.folder.resolve(), options.base, find_device(options.device))
+    try:
+        write_base(options.folder.resolve(), options.base, find_device(options.device))
+    except EchoDistillError as error:
+        return f"error: {error}"
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

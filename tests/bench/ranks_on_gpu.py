@@ -287,12 +287,10 @@ def so_far(options: argparse.Namespace, path: Path) -> Document:
     return document
 
 
-def numbers(text: str) -> list[int]:
-    """Read `1,2,4`."""
-    return [int(part) for part in text.split(",")]
-
-
 def _parsed() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
     def switches(text: str) -> list[bool]:
         return [{"on": True, "off": False}[part] for part in text.split(",")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from components.spec import resolve_spec
 from components.train.job import BasePaths
 from components.train.worker import load_frozen
+from model.errors import InputError
 from model.metrics import load_clip_text
 from pipeline.bench_bases import MINI
 from tests.bench import batch_on_gpus as bench
@@ -18,6 +20,8 @@ from tests.bench.random_base import settings_of, write_base
 
 def test_a_base_of_random_weights_is_loaded_like_any_other(tmp_path: Path) -> None:
     write_base(tmp_path, MINI, torch.device("cpu"))
+    with pytest.raises(InputError, match="give another folder"):
+        write_base(tmp_path, MINI, torch.device("cpu"), seed=1)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     write_base(tmp_path, MINI, torch.device("cpu"))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
@@ -35,7 +39,7 @@ def test_a_base_of_random_weights_is_loaded_like_any_other(tmp_path: Path) -> No
 
 
 def test_cores_and_memory_are_those_between_two_moments() -> None:
-    watch = bench.Watch("cpu")
+    watch = bench.Watch(["0"])
     gib = bench.measure.GIB
     watch._looks = [
         (float(t), {"workers": (2.0 * t, t * gib, 2), "others": (0.5 * t, gib, 9)}, [1024.0 * t])
@@ -47,6 +51,8 @@ def test_cores_and_memory_are_those_between_two_moments() -> None:
         "others": {"processes": 9, "cores": 0.5, "gib": 1.0},
         "gpu_gib": [6.0],
     }
+    watch._looks.insert(4, (3.5, watch._looks[3][1], []))  # nvidia-smi did not answer
+    assert watch.during(2.0, 6.5)["looks"] == 5
     assert watch.during(2.0, 2.5) == {"looks": 1}
 
 
@@ -67,7 +73,11 @@ def test_what_failed_is_measured_again_and_what_is_there_is_not(
         return bench.main()
 
     monkeypatch.setattr(bench, "batch", batch)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: None)  # the base's process
+    based = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: based)  # the base's process
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")  # it sets them; this takes that back
     assert run() == 1
     assert run() == 0
     assert run() == 0

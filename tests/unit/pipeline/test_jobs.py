@@ -21,6 +21,12 @@ NO_AGENT = "No available agent to submit job, please try again later."
 BATCH: Any = SimpleNamespace(id="photos-1", uri="/batches/photos-1")
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `Jobs` sets it; this takes that back
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+
+
 @contextmanager
 def head(answers: list[tuple[int, str]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yields the address of a Jobs API that gives these answers, and what was submitted to it."""
@@ -61,8 +67,7 @@ def test_an_address_that_is_none_is_a_wrong_setting(address: str) -> None:
         Jobs(address)
 
 
-def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+def test_a_cluster_that_has_just_started_is_asked_again() -> None:
     taken = json.dumps({"job_id": "1", "submission_id": "photos-1-j1"})
     with head([(500, NO_AGENT), (500, NO_AGENT), (200, taken)]) as (address, submitted):
         assert Jobs(address).submit(BATCH) == "photos-1-j1"
@@ -72,7 +77,6 @@ def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch: pytest.Monk
 def test_other_errors_and_a_start_that_takes_too_long_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     with head([(500, "no such runtime environment")]) as (address, submitted):
         with pytest.raises(ServiceError, match="no such runtime environment"):
             Jobs(address).submit(BATCH)
