@@ -31,18 +31,18 @@ class Decomposition:
     """The singular value decompositions of some deltas, from which any rank is read.
 
     Attributes:
-        factors: by layer name (`<path>.to_k`), `U` [c, m], `s` [m] and `V^T` [m, d], float32, on
-            the device that computed them.
+        factors: by layer name (`<path>.to_k`), `U` [c, m], `s` [m] and `V^T` [m, d], float32,
+            where the deltas are.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     @classmethod
-    def of(cls, deltas: Parts, device: torch.device | str = "cpu") -> "Decomposition":
-        """Decompose whole deltas by name (see `whole`), computing on `device`."""
+    def of(cls, deltas: Parts) -> "Decomposition":
+        """Decompose whole deltas by name (see `whole`), on their device."""
         factors = {}
         for name, delta in deltas.items():
-            u, s, vh = torch.linalg.svd(delta.to(device, torch.float32), full_matrices=False)
+            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
             factors[name.removesuffix(WHOLE)] = (u, s, vh)
         return cls(factors)
 

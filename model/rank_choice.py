@@ -108,25 +108,24 @@ def _stored(
         tried[r] = parts, {"rank": r, "rank_error": error}
         return error["pictures"] <= bound
 
+    chosen = None
     if rank != "full":
         # Compared where they are drawn: on a CPU errors would take longer than pictures on a GPU.
         exact = {name: each.to(pair.device) for name, each in exact.items()}
-        decomposition = Decomposition.of(exact, pair.device)
+        decomposition = Decomposition.of(exact)
         pictures = error_pictures(pair, adapter, draws)
-        if rank != "auto":
+        if rank == "auto":
+            room = sum(delta.numel() for delta in exact.values())
+            ranks = [each for each in RANKS if decomposition.numbers(each) < room]
+            # The error falls as the rank grows: a few drawings find the first that keeps it.
+            first = bisect_left(ranks, True, key=keeps_bound)
+            chosen = ranks[first] if first < len(ranks) else None
+        else:
             keeps_bound(rank)
-            return _kept(*tried[rank])
-        room = sum(delta.numel() for delta in exact.values())
-        ranks = [each for each in RANKS if decomposition.numbers(each) < room]
-        # The error falls as the rank grows, so that a few drawings find the first that keeps it.
-        first = bisect_left(ranks, True, key=keeps_bound)
-        if first < len(ranks):
-            return _kept(*tried[ranks[first]])
-    halves = {name: delta.half() for name, delta in exact.items()}
-    return _kept(halves, {"rank": None, "rank_error": None})
-
-
-def _kept(
-    parts: dict[str, torch.Tensor], facts: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            chosen = rank
+    if chosen is None:
+        parts = {name: delta.half() for name, delta in exact.items()}
+        facts: dict[str, Any] = {"rank": None, "rank_error": None}
+    else:
+        parts, facts = tried[chosen]
     return {name: part.cpu() for name, part in parts.items()}, facts

@@ -21,16 +21,14 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -43,14 +41,13 @@ from components.train.state import BatchView
 from model.errors import EchoDistillError, InputError, ServiceError
 from pipeline import bench_measure as measure
 from pipeline.bench_bases import MINI, PRESET, RANDOM_BASES, write_photos
-from pipeline.jobs import Jobs
 from pipeline.services import quiet_libraries
 from tests.bench.random_base import settings_of
 from tests.bench.ranks_on_gpu import Document, chart, compare, so_far
+from tests.services import ray_head
 
 ROOT = str(Path(__file__).resolve().parents[2])
 LOOK_SECONDS = 1.0
-START_SECONDS = 120.0
 PACE = "seconds_per_iteration"
 WORKER = "RayTrainWorker"
 
@@ -129,61 +126,18 @@ def visible_gpus() -> list[str]:
 @contextmanager
 def cluster(out: Path, count: int, gpus: list[str]) -> Iterator[str]:
     """Start a Ray head that has these GPUs, or so many cores; yields its address."""
-    ports = [str(free_port()) for _ in range(3)]
     environment = dict(os.environ)
-    resources = ["--num-gpus", "0", "--num-cpus", str(count)]
+    words = ["--num-gpus", "0", "--num-cpus", str(count)]
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        resources = ["--num-gpus", str(count)]
-    ray = "from ray.scripts.scripts import main; main()"  # as `ray`, wherever it is installed
-    command = [sys.executable, "-c", ray, "start", "--head", "--block", "--port", ports[0]]
-    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1]]
-    command += ["--dashboard-agent-listen-port", ports[2], "--disable-usage-stats", *resources]
-    command += ["--object-store-memory", str(512 * 2**20)]
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as own,
-        (out / f"ray-{count}.log").open("w") as log,
-    ):
-        command += ["--temp-dir", own]
-        head = psutil.Popen(command, env=environment, stdout=log, stderr=log)
+        words = ["--num-gpus", str(count)]
+    words += ["--disable-usage-stats", "--object-store-memory", str(512 * 2**20)]
+    with ray_head(environment, out / f"ray-{count}.log", *words) as (address, _, folder):
         try:
-            address = f"http://127.0.0.1:{ports[1]}"
-            wait_for(address, head)
             yield address
         finally:
-            end(head)
-            for told in Path(own).glob("session_2*/logs/job-driver-*.log"):
+            for told in folder.glob("session_2*/logs/job-driver-*.log"):
                 shutil.copy(told, out / f"driver-{count}.log")
-
-
-def end(head: psutil.Popen) -> None:
-    """End a Ray at once: asked to end, it would wait for the actors that are left."""
-    started: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        started = head.children(recursive=True)
-    for each in [head, *started]:
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs([head, *started], timeout=30)
-
-
-def wait_for(address: str, head: psutil.Popen) -> None:
-    """Wait until the Jobs API answers."""
-    deadline = time.monotonic() + START_SECONDS
-    while head.poll() is None and time.monotonic() < deadline:
-        try:
-            Jobs(address)
-            return
-        except ServiceError:
-            time.sleep(0.5)
-    raise ServiceError(f"Ray did not start at {address}: see ray-*.log")
-
-
-def free_port() -> int:
-    """Give a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Watch(threading.Thread):
@@ -281,7 +235,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     try:
         return _measure(options)
-    except EchoDistillError as error:
+    except (EchoDistillError, AssertionError) as error:  # the latter where Ray does not start
         sys.exit(f"error: {error}")
 
 

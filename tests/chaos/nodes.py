@@ -17,21 +17,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.services import free_port, kill_tree
+
 _RAY = Path(sys.executable).with_name("ray")
 _STORE = str(80 * 2**20)
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """Gives a port that is free now, and was not given before."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = int(server.getsockname()[1])
-        if port not in _given:
-            _given.add(port)
-            return port
 
 
 class Nodes:
@@ -69,12 +58,12 @@ class Nodes:
     def restart_head(self) -> int:
         """Kill the head and start it again; gives the number of nodes that were lost with it."""
         self.wait()  # a node that is starting would be lost with the head
-        _kill_tree(self._head)
+        kill_tree(self._head)
         lost = 0
         if self._redis is None:  # a new cluster, of which the old nodes know nothing
             lost = len(self._workers)
             while self._workers:
-                _kill_tree(self._workers.pop())
+                kill_tree(self._workers.pop())
         # On one machine Ray takes the living nodes for a head that is still there.
         Path(self._scratch, "ray_current_cluster").unlink(missing_ok=True)
         self._head = self._start_head()
@@ -109,7 +98,7 @@ class Nodes:
         """Kill every process of a node at once, as if its machine was gone; gives their number."""
         if not self._workers:
             return 0
-        return _kill_tree(self._workers.pop(which % len(self._workers)))
+        return kill_tree(self._workers.pop(which % len(self._workers)))
 
     def warn_node(self, seconds: int, *words: str) -> subprocess.Popen[bytes] | None:
         """Say to Ray that the node with such a process is taken away in some seconds."""
@@ -131,7 +120,7 @@ class Nodes:
     def take_away(self, node: subprocess.Popen[bytes]) -> None:
         """Kill the node that was warned."""
         self._workers.remove(node)
-        _kill_tree(node)
+        kill_tree(node)
 
     def kill_process(self, *words: str) -> int | None:
         """Kill a process of the cluster whose title has all the words; gives its id."""
@@ -161,7 +150,7 @@ class Nodes:
         for node in (*self._workers, self._head):
             with suppress(subprocess.TimeoutExpired):
                 node.wait(10)
-            _kill_tree(node)
+            kill_tree(node)
         if self._redis is not None:
             self._redis.kill()
             self._redis.wait()
@@ -220,15 +209,3 @@ def _titles(node: subprocess.Popen[bytes]) -> list[str]:
             with suppress(psutil.Error):
                 titles.append(" ".join(process.cmdline()))
     return titles
-
-
-def _kill_tree(node: subprocess.Popen[bytes]) -> int:
-    count = 0
-    with suppress(psutil.Error):
-        processes = psutil.Process(node.pid).children(recursive=True)
-        for process in (psutil.Process(node.pid), *processes):
-            with suppress(psutil.Error):
-                process.kill()
-                count += 1
-    node.wait(20)
-    return count

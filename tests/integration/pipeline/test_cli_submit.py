@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,48 +22,27 @@ from tests.faults import Faults, faulty_proxy
 from tests.integration.pipeline.commands import environment, run, run_here
 from tests.integration.pipeline.processes import MARK, marked, new_mark
 from tests.manifests.rendered import containers, sets
+from tests.services import ray_head
 from tests.unit.pipeline.test_batch import planned
 
 QUICK = ("--set", "train.iterations=2", "--set", "echo.rounds=0", "--set", "evaluate.prompts=1")
 SLOW = ("--set", "train.iterations=100000", "--set", "train.checkpoint_seconds=0")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Dashboard and agent of a Ray of two CPUs that wants the session's token, by `ray start`."""
-    import tempfile
-
     home = tmp_path_factory.mktemp("cluster")
-    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets have short paths
-    mark, port, gcs, agent = new_mark(), free_port(), free_port(), free_port()
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-        *("--port", str(gcs), "--num-cpus", "2", "--object-store-memory", str(100 * 2**20)),
-        *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)),
-        *("--dashboard-agent-listen-port", str(agent), "--temp-dir", scratch),
-    ]
-    # Its actors look their cluster up by RAY_ADDRESS: there may be others on this machine.
-    own = environment(home, **{MARK: mark, "RAY_ADDRESS": f"127.0.0.1:{gcs}"})
-    with (home / "head.log").open("w") as log:
-        ray = subprocess.Popen(command, env=own, stdout=log, stderr=log)
+    mark = new_mark()
+    words = ("--num-cpus", "2", "--object-store-memory", str(100 * 2**20))
+    own = environment(home, **{MARK: mark})
     try:
-        deadline = time.monotonic() + 120
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert ray.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{agent}"
+        with ray_head(own, home / "head.log", *words) as (dashboard, agent, _):
+            yield dashboard, agent
     finally:
-        ray.send_signal(signal.SIGTERM)
-        ray.wait(60)
         for pid in marked(mark):
             with suppress(psutil.NoSuchProcess):  # it has just ended
                 psutil.Process(pid).kill()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
